@@ -1,0 +1,525 @@
+"""Configuration: nested frozen dataclasses, presets, dotted overrides and their checks.
+
+Every field is read by the code; a value that cannot work raises `ConfigError` naming the field, the value and what
+would be right, before anything is compiled or written.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints the message alone and exits with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot work, or an unknown preset, field or value."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The efficient transformer (paper 3.4): space, space, space, causal time."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    ffn: int = 344
+    time_every: int = 4  # the last layer of each period of this many is a time layer
+    window: int = 16  # frames a time layer sees, its own included
+    softcap: float = 50.0  # 0: off
+    qk_norm: bool = True
+    rope_base_time: float = 10_000.0
+    rope_base_space: float = 100.0
+    local_init: float = 0.0  # >0: constant query/key bias that makes space attention local at initialisation
+    remat: Literal["none", "full", "dots"] = "none"
+    scan: bool = True  # scan over periods (one period compiled once); False unrolls them
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Causal masked autoencoder (paper 3.1)."""
+
+    height: int = 64
+    width: int = 64
+    patch: int = 8
+    latents: int = 64
+    channels: int = 8
+    latent_grid: bool = True  # latents share the patches' 2-D positions (wants as many latents as patches)
+    pack: int = 4  # adjacent latents merged into one spatial token of the dynamics
+    mask_max: float = 0.9  # p ~ U(0, mask_max) per image
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=TransformerConfig)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns) of a frame."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Spatial tokens of a frame as the dynamics sees them (N_z)."""
+        return self.latents // self.pack
+
+    @property
+    def token_channels(self) -> int:
+        return self.channels * self.pack
+
+
+@dataclass(frozen=True)
+class ActionComponent:
+    """One part of an action. `size`: classes (categorical), keys (binary), dimensions (continuous); mouse is 121."""
+
+    name: str = "move"
+    kind: Literal["categorical", "binary", "continuous", "mouse"] = "categorical"
+    size: int = 7
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Interactive dynamics trained with shortcut forcing (paper 3.2)."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    registers: int = 4  # at least this many; more fill the frame's tokens up to a multiple of 8
+    agent_tokens: int = 1
+    k_max: int = 16
+    objective: Literal["shortcut", "diffusion"] = "shortcut"  # diffusion: plain diffusion forcing, the baseline
+    mix: Literal["rows", "frames"] = "rows"  # frames: literal Eq 4, d drawn per frame over the whole ladder
+    bootstrap_fraction: float = 0.25  # share of rows on the bootstrap branch (mix = rows)
+    teacher: Literal["ema", "online"] = "ema"
+    ramp: Literal["both", "flow", "none"] = "both"
+    context_signal: float = 0.9  # rounded down to the grid of 1/k_max
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Task-conditioned policy, reward and continue heads (paper Eq 9) and imagination training (Eq 10, 11)."""
+
+    task_words: int = 12  # words of a task text
+    task_vocab: int = 64
+    mtp: int = 8  # offsets n = 0 .. mtp
+    hidden: int = 128
+    head_layers: int = 1
+    bins: int = 255
+    gamma: float = 0.997
+    lam: float = 0.95
+    alpha: float = 0.5
+    beta: float = 0.3
+    horizon: int = 16
+    context: int = 8  # frames of dataset context in front of a rollout
+    sample_steps: int = 4  # K during imagination
+    relevant_fraction: float = 0.5
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The real environment, and the scripted policies that record it."""
+
+    kind: Literal["babyai"] = "babyai"
+    levels: tuple[str, ...] = ("BabyAI-GoToLocal-v0",)
+    view: Literal["full", "agent"] = "full"  # whole grid, or the agent's 7 x 7 view
+    tile: int = 8  # pixels of a grid tile
+    max_steps: int = 32  # time limit of an episode
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Recording, storage and reading of episodes."""
+
+    frames: int = 60_000
+    chunk: int = 64  # frames of one record
+    chunks_per_shard: int = 64
+    holdout: float = 0.05  # share of shards held out
+    bot: float = 0.2  # share of episodes by the scripted expert alone
+    noisy_bot: float = 0.5  # expert with bursts of random actions; the rest of the episodes is aimless
+    burst: float = 0.25  # probability that a burst starts at a step
+    burst_length: int = 3
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One training phase."""
+
+    steps: int = 1000
+    batch: int = 16
+    length: int = 16  # frames of a short batch (T1)
+    long_length: int = 0  # frames of a long batch (T2); 0: no long batches
+    long_every: int = 4  # every n-th batch is long
+    image_fraction: float = 0.0  # share of rows treated as separate images
+    optimizer: Literal["adamw", "laprop", "muon"] = "adamw"
+    lr: float = 1e-3
+    warmup: int = 50
+    decay: float = 0.2  # share of the steps over which the rate falls to 0 at the end (WSD)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    normalize_losses: bool = True  # divide each term by a running estimate of its root mean square
+    log_every: int = 20
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    tokenizer: PhaseConfig = field(default_factory=PhaseConfig)
+    dynamics: PhaseConfig = field(default_factory=PhaseConfig)
+    agent: PhaseConfig = field(default_factory=PhaseConfig)
+    imagination: PhaseConfig = field(default_factory=PhaseConfig)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    episodes: int = 256  # closed-loop episodes of each policy
+    envs: int = 64  # environments stepped together
+    clips: int = 32  # held-out clips for the world-model metrics
+    context: int = 4  # real frames in front of a generated clip
+    frames: int = 16  # generated frames of a clip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Where it runs (mesh, hosts) is an argument of the run, not part of it."""
+
+    name: str = "tiny"
+    seed: int = 0
+    actions: tuple[ActionComponent, ...] = (ActionComponent(),)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def _require(ok: bool, name: str, value: Any, hint: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: {hint}")
+
+
+def _validate_transformer(c: TransformerConfig, at: str) -> None:
+    _require(c.time_every >= 1, f"{at}.time_every", c.time_every, "must be at least 1")
+    _require(
+        c.layers > 0 and c.layers % c.time_every == 0,
+        f"{at}.layers",
+        c.layers,
+        f"must be a positive multiple of {at}.time_every = {c.time_every}",
+    )
+    _require(
+        c.kv_heads > 0 and c.heads % c.kv_heads == 0,
+        f"{at}.heads",
+        c.heads,
+        f"must be a multiple of {at}.kv_heads = {c.kv_heads}",
+    )
+    _require(c.head_dim % 4 == 0, f"{at}.head_dim", c.head_dim, "must be a multiple of 4 (two RoPE axes of pairs)")
+    _require(c.window >= 1, f"{at}.window", c.window, "must be at least 1 frame")
+
+
+def validate(c: Config) -> None:
+    """Raises `ConfigError` for a configuration that cannot work."""
+    t, d, a = c.tokenizer, c.dynamics, c.agent
+    for at, sub in (
+        ("tokenizer.encoder", t.encoder),
+        ("tokenizer.decoder", t.decoder),
+        ("dynamics.transformer", d.transformer),
+    ):
+        _validate_transformer(sub, at)
+    for name, value in (("height", t.height), ("width", t.width)):
+        _require(value % t.patch == 0, f"tokenizer.{name}", value, f"must be a multiple of tokenizer.patch = {t.patch}")
+    _require(
+        t.latents % t.pack == 0, "tokenizer.latents", t.latents, f"must be a multiple of tokenizer.pack = {t.pack}"
+    )
+    if t.latent_grid:
+        _require(
+            t.latents == t.patches,
+            "tokenizer.latents",
+            t.latents,
+            f"must equal the number of patches, {t.patches}, while tokenizer.latent_grid is on",
+        )
+    _require(
+        t.encoder.width == t.decoder.width,
+        "tokenizer.decoder.width",
+        t.decoder.width,
+        f"must equal tokenizer.encoder.width = {t.encoder.width}",
+    )
+    _require(0 <= t.mask_max < 1, "tokenizer.mask_max", t.mask_max, "must be in [0, 1)")
+    _require(
+        d.k_max >= 2 and d.k_max & (d.k_max - 1) == 0, "dynamics.k_max", d.k_max, "must be a power of two, at least 2"
+    )
+    _require(
+        d.transformer.width % 2 == 0,
+        "dynamics.transformer.width",
+        d.transformer.width,
+        "must be even: the (tau, d) token concatenates two half-width tables",
+    )
+    _require(0 <= d.context_signal < 1, "dynamics.context_signal", d.context_signal, "must be in [0, 1)")
+    _require(
+        0 < d.bootstrap_fraction < 1, "dynamics.bootstrap_fraction", d.bootstrap_fraction, "must be between 0 and 1"
+    )
+    _require(
+        a.sample_steps >= 1 and a.sample_steps & (a.sample_steps - 1) == 0 and a.sample_steps <= d.k_max,
+        "agent.sample_steps",
+        a.sample_steps,
+        f"must be a power of two up to dynamics.k_max = {d.k_max}",
+    )
+    _require(a.bins % 2 == 1, "agent.bins", a.bins, "must be odd, so that one bin stands at zero")
+    _require(len(c.actions) > 0, "actions", c.actions, "needs at least one component")
+    for i, part in enumerate(c.actions):
+        _require(part.size > 0, f"actions[{i}].size", part.size, "must be positive")
+        _require(
+            part.kind != "mouse" or part.size == 121, f"actions[{i}].size", part.size, "is 121 (11 x 11) for a mouse"
+        )
+    for phase_field in dataclasses.fields(TrainConfig):
+        name = phase_field.name
+        p: PhaseConfig = getattr(c.train, name)
+        at = f"train.{name}"
+        longest = max(p.length, p.long_length)
+        _require(
+            longest <= c.data.chunk,
+            f"{at}.{'long_' if p.long_length > p.length else ''}length",
+            longest,
+            f"must not exceed data.chunk = {c.data.chunk} frames",
+        )
+        _require(p.batch > 0, f"{at}.batch", p.batch, "must be positive")
+        _require(0 <= p.image_fraction <= 1, f"{at}.image_fraction", p.image_fraction, "must be in [0, 1]")
+        _require(0 <= p.decay <= 1, f"{at}.decay", p.decay, "must be in [0, 1]")
+        _require(0 <= p.ema < 1, f"{at}.ema", p.ema, "must be in [0, 1)")
+    _require(
+        a.context + 1 <= c.data.chunk,
+        "agent.context",
+        a.context,
+        f"must be below data.chunk = {c.data.chunk} frames",
+    )
+    _require(
+        c.data.bot + c.data.noisy_bot <= 1.0 + 1e-9,
+        "data.noisy_bot",
+        c.data.noisy_bot,
+        f"with data.bot = {c.data.bot} the shares exceed 1",
+    )
+    _require(0 < c.data.holdout < 1, "data.holdout", c.data.holdout, "must be between 0 and 1")
+    _require(
+        c.evaluate.context + c.evaluate.frames <= c.data.chunk,
+        "evaluate.frames",
+        c.evaluate.frames,
+        f"evaluate.context + evaluate.frames must not exceed data.chunk = {c.data.chunk}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overrides and JSON
+
+
+def _coerce(value: Any, hint: Any, at: str) -> Any:
+    """Turns JSON or command-line text into the type of a field."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ConfigError(f"{at} = {value!r}: choose one of {', '.join(map(repr, typing.get_args(hint)))}")
+    if origin in (tuple, list):
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, str):
+            value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+        return tuple(_coerce(v, inner, f"{at}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, dict):
+            raise ConfigError(f"{at} = {value!r}: is a group of fields; set one of them, e.g. {at}.{_names(hint)[0]}")
+        return from_dict(typing.cast(type, hint), value, at)
+    try:
+        if hint is bool:
+            table = {"true": True, "1": True, "false": False, "0": False}
+            return value if isinstance(value, bool) else table[str(value).lower()]
+        if hint is int:
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError
+            return int(str(value).replace("_", "")) if isinstance(value, str) else int(value)
+        if hint is float:
+            return float(value)
+        return str(value)
+    except (ValueError, KeyError, TypeError):
+        kind = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{at} = {value!r}: expected a value of type {kind}") from None
+
+
+def _names(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _unknown(kind: str, name: str, choices: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], choices, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"unknown {kind} {name!r}; {hint}choose one of: {', '.join(choices)}")
+
+
+def from_dict(cls: type, values: dict[str, Any], at: str = "") -> Any:
+    """Builds the dataclass `cls` from nested dictionaries; unknown names and wrong types raise `ConfigError`."""
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise _unknown("config field", f"{at}.{name}".lstrip("."), _names(cls))
+    return cls(**{k: _coerce(v, hints[k], f"{at}.{k}".lstrip(".")) for k, v in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested dictionaries of a config, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    """Returns `config` with dotted fields replaced, e.g. ``{"dynamics.k_max": 8}``. All are applied, then checked."""
+    tree = to_dict(config)
+    for dotted, value in values.items():
+        *path, last = dotted.split(".")
+        node, cls, hint = tree, Config, None
+        for i, part in enumerate([*path, last]):
+            if not dataclasses.is_dataclass(cls):
+                raise ConfigError(f"unknown config field {dotted!r}: {'.'.join([*path, last][:i])!r} has no fields")
+            hints = typing.get_type_hints(cls)
+            if part not in hints:
+                raise _unknown("config field", ".".join([*path, last][: i + 1]), _names(cls))
+            hint = hints[part]
+            if i < len(path):
+                node, cls = node[part], typing.cast(type, hint)
+        coerced = _coerce(value, hint, dotted)
+        node[last] = to_dict(coerced) if dataclasses.is_dataclass(coerced) else coerced
+    return from_dict(Config, tree)
+
+
+def parse_overrides(items: list[str]) -> dict[str, str]:
+    """``["--dynamics.k_max=8"]`` or ``["dynamics.k_max=8"]`` -> ``{"dynamics.k_max": "8"}``."""
+    out = {}
+    for item in items:
+        name, sep, value = item.lstrip("-").partition("=")
+        if not sep:
+            raise ConfigError(f"override {item!r}: write it as field=value, e.g. dynamics.k_max=8")
+        out[name.replace("-", "_")] = value
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+
+def _tiny() -> Config:
+    """Laptop: BabyAI at 64 x 64, 16 spatial tokens."""
+    tok = TransformerConfig(layers=1, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, time_every=1, window=1)
+    return Config(name="tiny", tokenizer=TokenizerConfig(encoder=tok, decoder=tok))
+
+
+def _small() -> Config:
+    """One consumer GPU, 64 x 64 video such as CoinRun."""
+    tok = TransformerConfig(layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ffn=704, window=16, dtype="bfloat16")
+    dyn = TransformerConfig(
+        layers=8, width=256, heads=8, kv_heads=4, head_dim=32, ffn=704, window=32, dtype="bfloat16"
+    )
+    return Config(
+        name="small",
+        tokenizer=TokenizerConfig(latents=64, channels=16, pack=2, encoder=tok, decoder=tok),
+        dynamics=DynamicsConfig(transformer=dyn, registers=4, k_max=64),
+        agent=AgentConfig(hidden=256),
+        data=DataConfig(chunk=96),
+        train=TrainConfig(dynamics=PhaseConfig(steps=50_000, batch=16, length=24, long_length=64, image_fraction=0.3)),
+    )
+
+
+def _base() -> Config:
+    """One data-centre GPU or a small TPU slice, 128 x 128 video."""
+    tok = TransformerConfig(
+        layers=8, width=512, heads=8, kv_heads=8, head_dim=64, ffn=1408, window=16, dtype="bfloat16", remat="dots"
+    )
+    dyn = TransformerConfig(
+        layers=16, width=768, heads=12, kv_heads=4, head_dim=64, ffn=2048, window=64, dtype="bfloat16", remat="full"
+    )
+    return Config(
+        name="base",
+        tokenizer=TokenizerConfig(
+            height=128, width=128, latents=256, latent_grid=True, channels=16, pack=2, encoder=tok, decoder=tok
+        ),
+        dynamics=DynamicsConfig(transformer=dyn, registers=6, k_max=64),
+        agent=AgentConfig(hidden=512),
+        data=DataConfig(chunk=192),
+        train=TrainConfig(
+            dynamics=PhaseConfig(steps=200_000, batch=32, length=32, long_length=96, image_fraction=0.3)
+        ),
+    )
+
+
+def _paper() -> Config:
+    """The paper's Minecraft model: 400M tokenizer, 1.6B dynamics, 360 x 640 padded to 384 x 640."""
+    tok = TransformerConfig(
+        layers=12,
+        width=1024,
+        heads=16,
+        kv_heads=16,
+        head_dim=64,
+        ffn=4096,
+        window=16,
+        dtype="bfloat16",
+        remat="full",
+        rope_base_space=10_000.0,
+    )
+    dyn = TransformerConfig(
+        layers=36,
+        width=2048,
+        heads=16,
+        kv_heads=4,
+        head_dim=128,
+        ffn=5504,
+        window=192,
+        dtype="bfloat16",
+        remat="full",
+        rope_base_space=10_000.0,
+    )
+    keys = ActionComponent("keys", "binary", 23)
+    mouse = ActionComponent("mouse", "mouse", 121)
+    phase = PhaseConfig(steps=100_000, batch=256, length=64, long_length=256, image_fraction=0.3, lr=3e-4, warmup=1000)
+    return Config(
+        name="paper",
+        actions=(keys, mouse),
+        tokenizer=TokenizerConfig(
+            height=384,
+            width=640,
+            patch=16,
+            latents=512,
+            latent_grid=False,
+            channels=16,
+            pack=2,
+            encoder=tok,
+            decoder=tok,
+        ),
+        dynamics=DynamicsConfig(transformer=dyn, registers=29, k_max=64),
+        agent=AgentConfig(hidden=2048, head_layers=3, task_words=1, task_vocab=20, context=192, horizon=16),
+        data=DataConfig(chunk=256),
+        train=TrainConfig(
+            tokenizer=dataclasses.replace(phase, length=16, long_length=0, image_fraction=0.0),
+            dynamics=phase,
+            agent=phase,
+            imagination=dataclasses.replace(phase, length=192, long_length=0, image_fraction=0.0),
+        ),
+    )
+
+
+PRESETS: dict[str, types.FunctionType] = {"tiny": _tiny, "small": _small, "base": _base, "paper": _paper}
+
+
+def preset(name: str, **overrides: Any) -> Config:
+    """The named preset with dotted overrides applied: ``preset("tiny", **{"dynamics.k_max": 8})``."""
+    if name not in PRESETS:
+        raise _unknown("preset", name, list(PRESETS))
+    return override(PRESETS[name](), overrides)
