@@ -7,8 +7,9 @@ would be right, before anything is compiled or written.
 import dataclasses
 import difflib
 import json
-import types
+import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,16 +32,25 @@ class TransformerConfig:
     kv_heads: int = 4
     head_dim: int = 32
     ffn: int = 344
-    time_every: int = 4  # the last layer of each period of this many is a time layer
+    time_every: int = 4  # the last layer of each period of this many is a time layer; 0: space layers only
     window: int = 16  # frames a time layer sees, its own included
     softcap: float = 50.0  # 0: off
     qk_norm: bool = True
     rope_base_time: float = 10_000.0
-    rope_base_space: float = 100.0
+    rope_base_space: float = 10.0
     local_init: float = 0.0  # >0: constant query/key bias that makes space attention local at initialisation
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True  # scan over periods (one period compiled once); False unrolls them
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def period(self) -> int:
+        """Layers of one period, the unit that is scanned."""
+        return self.time_every or 1
+
+    @property
+    def time_layers(self) -> int:
+        return self.layers // self.time_every if self.time_every else 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,12 @@ class TokenizerConfig:
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def pack_block(self) -> tuple[int, int]:
+        """Rows and columns of latents merged into one token: near square on a grid, adjacent pairs otherwise."""
+        rows = max(r for r in range(1, int(self.pack**0.5) + 1) if self.pack % r == 0) if self.latent_grid else 1
+        return rows, self.pack // rows
 
     @property
     def tokens(self) -> int:
@@ -211,26 +227,65 @@ def _require(ok: bool, name: str, value: Any, hint: str) -> None:
         raise ConfigError(f"{name} = {value!r}: {hint}")
 
 
+# What each number may be, by the name of its field (a name means the same in every group). Checked before the rules
+# between fields, some of which divide by these.
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "layers width heads kv_heads head_dim ffn window height patch latents channels pack size agent_tokens k_max"
+        " task_words task_vocab hidden head_layers bins horizon context sample_steps tile max_steps frames chunk"
+        " chunks_per_shard burst_length steps batch length long_every log_every save_every episodes envs clips",
+        lambda v: v >= 1,
+        "must be at least 1",
+    ),
+    ("seed time_every registers mtp workers long_length warmup", lambda v: v >= 0, "must be at least 0"),
+    ("softcap local_init beta weight_decay", lambda v: 0 <= v < math.inf, "must be at least 0, and finite"),
+    ("rope_base_time rope_base_space lr clip", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
+    (
+        "lam alpha relevant_fraction bot noisy_bot burst image_fraction decay",
+        lambda v: 0 <= v <= 1,
+        "must be in [0, 1]",
+    ),
+    ("gamma", lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    ("mask_max context_signal ema", lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    ("bootstrap_fraction holdout", lambda v: 0 < v < 1, "must be between 0 and 1"),
+)
+_RANGE_OF = {name: (ok, hint) for names, ok, hint in _RANGES for name in names.split()}
+
+
+def _check_ranges(node: Any, at: str) -> None:
+    """Checks every number of a group and of the groups in it; fields of other types have their own rules."""
+    for f in dataclasses.fields(node):
+        value, name = getattr(node, f.name), f"{at}.{f.name}".lstrip(".")
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, name)
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    _check_ranges(item, f"{name}[{i}]")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            ok, hint = _RANGE_OF[f.name]
+            _require(ok(value), name, value, hint)
+
+
 def _validate_transformer(c: TransformerConfig, at: str) -> None:
-    _require(c.time_every >= 1, f"{at}.time_every", c.time_every, "must be at least 1")
     _require(
-        c.layers > 0 and c.layers % c.time_every == 0,
+        c.layers % c.period == 0,
         f"{at}.layers",
         c.layers,
-        f"must be a positive multiple of {at}.time_every = {c.time_every}",
+        f"must be a multiple of {at}.time_every = {c.time_every}",
     )
     _require(
-        c.kv_heads > 0 and c.heads % c.kv_heads == 0,
+        c.heads % c.kv_heads == 0,
         f"{at}.heads",
         c.heads,
         f"must be a multiple of {at}.kv_heads = {c.kv_heads}",
     )
     _require(c.head_dim % 4 == 0, f"{at}.head_dim", c.head_dim, "must be a multiple of 4 (two RoPE axes of pairs)")
-    _require(c.window >= 1, f"{at}.window", c.window, "must be at least 1 frame")
 
 
 def validate(c: Config) -> None:
     """Raises `ConfigError` for a configuration that cannot work."""
+    _check_ranges(c, "")
     t, d, a = c.tokenizer, c.dynamics, c.agent
     for at, sub in (
         ("tokenizer.encoder", t.encoder),
@@ -250,13 +305,18 @@ def validate(c: Config) -> None:
             t.latents,
             f"must equal the number of patches, {t.patches}, while tokenizer.latent_grid is on",
         )
+        _require(
+            all(g % b == 0 for g, b in zip(t.grid, t.pack_block, strict=True)),
+            "tokenizer.pack",
+            t.pack,
+            f"its {t.pack_block} blocks of latents must tile the {t.grid} grid of patches",
+        )
     _require(
         t.encoder.width == t.decoder.width,
         "tokenizer.decoder.width",
         t.decoder.width,
         f"must equal tokenizer.encoder.width = {t.encoder.width}",
     )
-    _require(0 <= t.mask_max < 1, "tokenizer.mask_max", t.mask_max, "must be in [0, 1)")
     _require(
         d.k_max >= 2 and d.k_max & (d.k_max - 1) == 0, "dynamics.k_max", d.k_max, "must be a power of two, at least 2"
     )
@@ -266,20 +326,18 @@ def validate(c: Config) -> None:
         d.transformer.width,
         "must be even: the (tau, d) token concatenates two half-width tables",
     )
-    _require(0 <= d.context_signal < 1, "dynamics.context_signal", d.context_signal, "must be in [0, 1)")
     _require(
-        0 < d.bootstrap_fraction < 1, "dynamics.bootstrap_fraction", d.bootstrap_fraction, "must be between 0 and 1"
-    )
-    _require(
-        a.sample_steps >= 1 and a.sample_steps & (a.sample_steps - 1) == 0 and a.sample_steps <= d.k_max,
+        a.sample_steps & (a.sample_steps - 1) == 0 and a.sample_steps <= d.k_max,
         "agent.sample_steps",
         a.sample_steps,
         f"must be a power of two up to dynamics.k_max = {d.k_max}",
     )
-    _require(a.bins % 2 == 1, "agent.bins", a.bins, "must be odd, so that one bin stands at zero")
+    _require(a.bins >= 3 and a.bins % 2 == 1, "agent.bins", a.bins, "must be odd and at least 3: one bin stands at 0")
+    _require(len(c.env.levels) > 0, "env.levels", c.env.levels, "needs at least one level")
     _require(len(c.actions) > 0, "actions", c.actions, "needs at least one component")
+    names = [part.name for part in c.actions]
+    _require(len(set(names)) == len(names), "actions", names, "each component needs a name of its own")
     for i, part in enumerate(c.actions):
-        _require(part.size > 0, f"actions[{i}].size", part.size, "must be positive")
         _require(
             part.kind != "mouse" or part.size == 121, f"actions[{i}].size", part.size, "is 121 (11 x 11) for a mouse"
         )
@@ -294,10 +352,6 @@ def validate(c: Config) -> None:
             longest,
             f"must not exceed data.chunk = {c.data.chunk} frames",
         )
-        _require(p.batch > 0, f"{at}.batch", p.batch, "must be positive")
-        _require(0 <= p.image_fraction <= 1, f"{at}.image_fraction", p.image_fraction, "must be in [0, 1]")
-        _require(0 <= p.decay <= 1, f"{at}.decay", p.decay, "must be in [0, 1]")
-        _require(0 <= p.ema < 1, f"{at}.ema", p.ema, "must be in [0, 1)")
     _require(
         a.context + 1 <= c.data.chunk,
         "agent.context",
@@ -310,7 +364,6 @@ def validate(c: Config) -> None:
         c.data.noisy_bot,
         f"with data.bot = {c.data.bot} the shares exceed 1",
     )
-    _require(0 < c.data.holdout < 1, "data.holdout", c.data.holdout, "must be between 0 and 1")
     _require(
         c.evaluate.context + c.evaluate.frames <= c.data.chunk,
         "evaluate.frames",
@@ -333,7 +386,12 @@ def _coerce(value: Any, hint: Any, at: str) -> Any:
     if origin in (tuple, list):
         inner = typing.get_args(hint)[0]
         if isinstance(value, str):
-            value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+            try:
+                value = json.loads(value) if value.startswith("[") else [v for v in value.split(",") if v]
+            except json.JSONDecodeError as e:
+                raise ConfigError(f"{at} = {value!r}: is no JSON list ({e})") from None
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{at} = {value!r}: expected a list, as a,b,c or as JSON")
         return tuple(_coerce(v, inner, f"{at}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if dataclasses.is_dataclass(value):
@@ -345,14 +403,18 @@ def _coerce(value: Any, hint: Any, at: str) -> Any:
         if hint is bool:
             table = {"true": True, "1": True, "false": False, "0": False}
             return value if isinstance(value, bool) else table[str(value).lower()]
+        if isinstance(value, bool) or value is None:  # Python would read True as 1, and None as "None"
+            raise TypeError
         if hint is int:
             if isinstance(value, float) and not value.is_integer():
                 raise ValueError
             return int(str(value).replace("_", "")) if isinstance(value, str) else int(value)
         if hint is float:
             return float(value)
-        return str(value)
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    except (ValueError, KeyError, TypeError, OverflowError):
         kind = getattr(hint, "__name__", str(hint))
         raise ConfigError(f"{at} = {value!r}: expected a value of type {kind}") from None
 
@@ -370,6 +432,8 @@ def _unknown(kind: str, name: str, choices: list[str]) -> ConfigError:
 def from_dict(cls: type, values: dict[str, Any], at: str = "") -> Any:
     """Builds the dataclass `cls` from nested dictionaries; unknown names and wrong types raise `ConfigError`."""
     hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{at or 'config'} = {values!r}: expected a group of fields")
     for name in values:
         if name not in hints:
             raise _unknown("config field", f"{at}.{name}".lstrip("."), _names(cls))
@@ -386,7 +450,9 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     tree = to_dict(config)
     for dotted, value in values.items():
         *path, last = dotted.split(".")
-        node, cls, hint = tree, Config, None
+        node: Any = tree
+        cls: Any = Config
+        hint: Any = None
         for i, part in enumerate([*path, last]):
             if not dataclasses.is_dataclass(cls):
                 raise ConfigError(f"unknown config field {dotted!r}: {'.'.join([*path, last][:i])!r} has no fields")
@@ -395,7 +461,7 @@ def override(config: Config, values: dict[str, Any]) -> Config:
                 raise _unknown("config field", ".".join([*path, last][: i + 1]), _names(cls))
             hint = hints[part]
             if i < len(path):
-                node, cls = node[part], typing.cast(type, hint)
+                node, cls = node[part], hint
         coerced = _coerce(value, hint, dotted)
         node[last] = to_dict(coerced) if dataclasses.is_dataclass(coerced) else coerced
     return from_dict(Config, tree)
@@ -418,16 +484,16 @@ def parse_overrides(items: list[str]) -> dict[str, str]:
 
 def _tiny() -> Config:
     """Laptop: BabyAI at 64 x 64, 16 spatial tokens."""
-    tok = TransformerConfig(layers=1, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, time_every=1, window=1)
+    tok = TransformerConfig(
+        layers=1, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, time_every=0, window=1, local_init=2.5
+    )
     return Config(name="tiny", tokenizer=TokenizerConfig(encoder=tok, decoder=tok))
 
 
 def _small() -> Config:
     """One consumer GPU, 64 x 64 video such as CoinRun."""
     tok = TransformerConfig(layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ffn=704, window=16, dtype="bfloat16")
-    dyn = TransformerConfig(
-        layers=8, width=256, heads=8, kv_heads=4, head_dim=32, ffn=704, window=32, dtype="bfloat16"
-    )
+    dyn = TransformerConfig(layers=8, width=256, heads=8, kv_heads=4, head_dim=32, ffn=704, window=32, dtype="bfloat16")
     return Config(
         name="small",
         tokenizer=TokenizerConfig(latents=64, channels=16, pack=2, encoder=tok, decoder=tok),
@@ -454,9 +520,7 @@ def _base() -> Config:
         dynamics=DynamicsConfig(transformer=dyn, registers=6, k_max=64),
         agent=AgentConfig(hidden=512),
         data=DataConfig(chunk=192),
-        train=TrainConfig(
-            dynamics=PhaseConfig(steps=200_000, batch=32, length=32, long_length=96, image_fraction=0.3)
-        ),
+        train=TrainConfig(dynamics=PhaseConfig(steps=200_000, batch=32, length=32, long_length=96, image_fraction=0.3)),
     )
 
 
@@ -515,10 +579,10 @@ def _paper() -> Config:
     )
 
 
-PRESETS: dict[str, types.FunctionType] = {"tiny": _tiny, "small": _small, "base": _base, "paper": _paper}
+PRESETS: dict[str, Callable[[], Config]] = {"tiny": _tiny, "small": _small, "base": _base, "paper": _paper}
 
 
-def preset(name: str, **overrides: Any) -> Config:
+def preset(name: str, /, **overrides: Any) -> Config:
     """The named preset with dotted overrides applied: ``preset("tiny", **{"dynamics.k_max": 8})``."""
     if name not in PRESETS:
         raise _unknown("preset", name, list(PRESETS))

@@ -1,0 +1,130 @@
+"""The modules that phases 2 and 3 train, and the policy that plays with them in a real environment."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from dreamer4_jax.agent.heads import ContinueHead, PolicyHead, RewardHead, ValueHead
+from dreamer4_jax.config import Config
+from dreamer4_jax.nn import cache as ring
+from dreamer4_jax.world.dynamics import Actions, Dynamics
+from dreamer4_jax.world.shortcut import observe
+from dreamer4_jax.world.tokenizer import Tokenizer, TokenizerCache, reset_streams
+
+
+def readout_width(cfg: Config) -> int:
+    """Width of the agent read-out h."""
+    return cfg.dynamics.transformer.width * cfg.dynamics.agent_tokens
+
+
+class Agent(nnx.Module):
+    """Phase 2: the world model with its policy, reward and continue heads."""
+
+    def __init__(self, cfg: Config, dynamics: Dynamics, key: Array):
+        policy, reward, cont = jax.random.split(key, 3)
+        width = readout_width(cfg)
+        self.dynamics = dynamics
+        self.policy = PolicyHead(width, cfg.agent, cfg.actions, policy)
+        self.reward = RewardHead(width, cfg.agent, reward)
+        self.cont = ContinueHead(width, cfg.agent, cont)
+
+
+class ActorCritic(nnx.Module):
+    """Phase 3: the policy, started from behavioural cloning, and a new value head."""
+
+    def __init__(self, cfg: Config, policy: PolicyHead, key: Array):
+        self.policy = policy
+        self.value = ValueHead(readout_width(cfg), cfg.agent, key)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tokenizer", "dynamics", "actions"], meta_fields=[])
+@dataclass(frozen=True)
+class _Memory:
+    tokenizer: TokenizerCache
+    dynamics: ring.Cache
+    actions: dict[str, Array]  # the last actions, [E, ...]
+
+
+@partial(jax.jit, static_argnames="greedy", donate_argnums=3)
+def _act(
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    policy: PolicyHead,
+    memory: _Memory,
+    images: Array,
+    tasks: Int[Array, "B words"],
+    starting: Bool[Array, "B"],
+    key: Array,
+    *,
+    greedy: bool,
+) -> tuple[dict[str, Array], _Memory]:
+    noise, draw = jax.random.split(key)
+    z, seen = tokenizer.encode_stream(images[:, None], reset_streams(memory.tokenizer, starting))
+    led = Actions(
+        {name: value[:, None] for name, value in memory.actions.items()},
+        {name: ~starting[:, None] for name in memory.actions},
+    )
+    cache = ring.reset(memory.dynamics, starting)
+    cache, h = observe(dynamics, cache, z, led, noise, task=tasks[:, None])
+    assert h is not None
+    chosen = policy.next(h[:, 0])
+    actions = chosen.mode() if greedy else chosen.sample(draw)
+    return actions, _Memory(seen, cache, actions)
+
+
+class WorldModelPolicy:
+    """Plays in E environments at once from pixels and task words; a decision costs the same at any age of a stream."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dynamics: Dynamics,
+        policy: PolicyHead,
+        *,
+        seed: int = 0,
+        greedy: bool = False,
+        name: str = "agent",
+    ):
+        self.name = name
+        self._models = (tokenizer, dynamics, policy)
+        self._key = jax.random.key(seed)
+        self._greedy = greedy
+        self._step = 0
+        self._memory: _Memory | None = None
+        self._starting: np.ndarray | None = None
+
+    def reset(self, starting: np.ndarray) -> None:
+        """Streams that begin a new episode with the next `act`."""
+        if self._memory is None:
+            tokenizer, dynamics, _ = self._models
+            count = len(starting)
+            actions = {}
+            for part in dynamics.cfg.actions:
+                single = part.kind in ("categorical", "mouse")
+                shape, dtype = ((count,), jnp.int32) if single else ((count, part.size), jnp.float32)
+                actions[part.name] = jnp.zeros(shape, dtype)
+            self._memory = _Memory(tokenizer.init_cache(count), dynamics.init_cache(count, agent=True), actions)
+        before = np.zeros_like(starting) if self._starting is None else self._starting
+        self._starting = before | np.asarray(starting, bool)
+
+    def act(self, images: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
+        """Actions for frames uint8 [E, H, W, 3] and task words int32 [E, words]."""
+        if self._memory is None:
+            self.reset(np.ones(len(images), bool))
+        starting = np.zeros(len(images), bool) if self._starting is None else self._starting
+        actions, self._memory = _act(
+            *self._models,
+            self._memory,
+            images,
+            tasks,
+            starting,
+            jax.random.fold_in(self._key, self._step),
+            greedy=self._greedy,
+        )
+        self._step, self._starting = self._step + 1, None
+        return {name: np.asarray(value) for name, value in actions.items()}

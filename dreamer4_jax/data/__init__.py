@@ -1,0 +1,1 @@
+"""Episodes, their storage as ArrayRecord shards, and the pipelines that read them."""

@@ -1,0 +1,1 @@
+"""Gymnasium adapters, scripted policies that record data, and the exact symbol decoder."""

@@ -1,0 +1,378 @@
+"""Records episodes by scripted policies: BabyAI's expert, the expert with bursts of random actions, aimless wandering.
+
+The data is meant to be mediocre: the noisy expert errs at any moment, also in front of the goal, so only a part of its
+episodes succeeds within ``env.max_steps``. Every episode is kept, successes and failures. Each shard is a function of
+(seed, shard index) and the config alone, so the data does not depend on the number of workers.
+
+Nothing here imports JAX: worker processes must start fast and leave the accelerator alone.
+"""
+
+import concurrent.futures
+import concurrent.futures.process
+import dataclasses
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from minigrid.utils.baby_ai_bot import BabyAIBot
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dreamer4_jax.config import ActionComponent, Config, DataConfig, UserError
+from dreamer4_jax.data import writer
+from dreamer4_jax.data.schema import DataError, Episode, action_array, chunks
+from dreamer4_jax.data.store import SPLITS, DatasetSpec
+from dreamer4_jax.envs import babyai
+
+POLICIES = ("bot", "noisy_bot", "aimless")
+ACTIONS = 7
+FORWARD = 2
+# Levels whose missions BabyAI's bot cannot solve, according to its own documentation and our trials.
+UNSOLVABLE = (
+    "BabyAI-KeyInBox-v0",
+    "BabyAI-PutNextS5N2Carrying-v0",
+    "BabyAI-PutNextS6N3Carrying-v0",
+    "BabyAI-PutNextS7N4Carrying-v0",
+)
+# Episodes are recorded with environment seeds from here up to 2^31; evaluate with seeds below, and they never meet.
+FIRST_SEED = 2**30
+
+
+class BotFailure(Exception):
+    """BabyAI's bot raised an exception: its plan met a state it was not written for."""
+
+
+class Scripted:
+    """One scripted policy in one episode, with privileged access to the simulator."""
+
+    def __init__(self, policy: str, data: DataConfig, env: gymnasium.Env, rng: np.random.Generator):
+        self._rng, self._data, self._policy = rng, data, policy
+        self._bot = None if policy == "aimless" else BabyAIBot(env)
+        self._taken: int | None = None
+        self._burst = 0
+
+    def act(self) -> int:
+        action = self._choose()
+        self._taken = action
+        return action
+
+    def _choose(self) -> int:
+        if self._bot is None:
+            # A random walk: forward half of the time, otherwise any action.
+            return FORWARD if self._rng.random() < 0.5 else int(self._rng.integers(ACTIONS))
+        try:
+            # The bot follows the episode even through a burst, told of each action that was really taken.
+            best = int(self._bot.replan(self._taken))
+        except Exception as error:
+            raise BotFailure(f"{type(error).__name__}: {error}") from error
+        if self._policy == "noisy_bot":
+            if self._burst == 0 and self._rng.random() < self._data.burst:
+                self._burst = self._data.burst_length
+            if self._burst > 0:
+                self._burst -= 1
+                return int(self._rng.integers(ACTIONS))
+        return best
+
+
+def choose_policy(data: DataConfig, rng: np.random.Generator) -> str:
+    """Draws one of `POLICIES` with the shares of the config."""
+    x = rng.random()
+    return "bot" if x < data.bot else "noisy_bot" if x < data.bot + data.noisy_bot else "aimless"
+
+
+class DataPolicy:
+    """The data's own behaviour as a closed-loop policy: the mixture of the config, or one of `POLICIES` alone.
+
+    Follows the `Policy` and `SeesEnvironment` protocols of `evaluation.closed_loop`. Where the bot fails, it stands
+    still for the rest of the episode.
+    """
+
+    def __init__(self, data: DataConfig, *, component: str = "move", policy: str | None = None):
+        if policy is not None and policy not in POLICIES:
+            raise UserError(f"scripted policy {policy!r}: choose one of {', '.join(POLICIES)}")
+        self.name = policy or "data"
+        self._data, self._component, self._only = data, component, policy
+        self._scripts: dict[int, Scripted] = {}
+
+    def begin(self, stream: int, env: gymnasium.Env, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self._scripts[stream] = Scripted(self._only or choose_policy(self._data, rng), self._data, env, rng)
+
+    def end(self, stream: int) -> None:
+        self._scripts.pop(stream, None)
+
+    def reset(self, starting: Bool[np.ndarray, " E"]) -> None:
+        """Nothing to forget: `begin` starts each episode afresh."""
+
+    def act(self, images: UInt8[np.ndarray, "E H W 3"], tasks: Int[np.ndarray, "E words"]) -> dict[str, np.ndarray]:
+        actions = np.full(len(images), ACTIONS - 1, np.int32)  # "done" does nothing in BabyAI
+        for stream in list(self._scripts):
+            try:
+                actions[stream] = self._scripts[stream].act()
+            except BotFailure:
+                del self._scripts[stream]
+        return {self._component: actions}
+
+
+def record(
+    env: gymnasium.Env,
+    act: Callable[[], int],
+    first: tuple[dict[str, np.ndarray], dict[str, Any]],
+    component: ActionComponent,
+    meta: dict[str, Any],
+) -> Episode:
+    """Plays one episode to its end and returns it in the alignment of `data.schema`.
+
+    Args:
+        env: an adapter with `image` and `task` observations and one categorical action; already reset.
+        act: the next action.
+        first: what ``env.reset`` returned.
+    """
+    observation, info = first
+    frames, task = [observation["image"]], observation["task"]
+    actions, rewards = [], [0.0]
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = int(act())
+        observation, reward, terminated, truncated, info = env.step(action)
+        actions.append(action)
+        frames.append(observation["image"])
+        rewards.append(float(reward))
+    t = len(frames)
+    moves, present = action_array(component, t), np.ones(t, np.bool_)
+    moves[1:], present[0] = actions, False
+    return Episode(
+        frames=np.stack(frames),
+        actions={component.name: moves},
+        present={component.name: present},
+        reward=np.asarray(rewards, np.float32),
+        is_terminal=bool(terminated),
+        task=task,
+        meta={**meta, "steps": t - 1, "success": bool(info.get("success", sum(rewards) > 0))},
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to make one shard."""
+
+    config: Config
+    seed: int
+    shard: int
+    chunks: int
+    path: str
+
+
+class _Tally:
+    """Counts of complete episodes by level and policy, and of episodes dropped because the bot failed."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, dict[str, float]]] = {}
+        self.dropped: list[dict[str, Any]] = []
+
+    def add(self, episode: Episode) -> None:
+        m = episode.meta
+        row = self.counts.setdefault(m["level"], {}).setdefault(
+            m["policy"], {"episodes": 0, "success": 0, "steps": 0, "return": 0.0}
+        )
+        row["episodes"] += 1
+        row["success"] += int(m["success"])
+        row["steps"] += m["steps"]
+        row["return"] += float(episode.reward.sum())
+
+
+def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None) -> Iterator[Episode]:
+    """The endless stream of episodes of one shard, a function of (seed, shard) and the config."""
+    t, component = config.tokenizer, config.actions[0]
+    tally = tally or _Tally()
+    envs: dict[str, babyai.BabyAIEnv] = {}
+    rng = np.random.default_rng([seed, shard])
+    kept = 0
+    while True:
+        level = config.env.levels[int(rng.integers(len(config.env.levels)))]
+        policy = choose_policy(config.data, rng)
+        episode_seed = int(rng.integers(FIRST_SEED, 2**31))
+        if level not in envs:
+            envs[level] = babyai.make(
+                config.env, level, height=t.height, width=t.width, words=config.agent.task_words
+            )
+        env = envs[level]
+        first = env.reset(seed=episode_seed)
+        meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}
+        try:
+            script = Scripted(policy, config.data, env, np.random.default_rng([seed, shard, episode_seed]))
+            episode = record(env, script.act, first, component, meta)
+        except BotFailure as error:
+            tally.dropped.append({**meta, "error": str(error)})
+            if len(tally.dropped) > 20 + kept:
+                raise UserError(
+                    f"env.levels: BabyAI's bot fails on level {level} more often than not (last: {error}); "
+                    "remove the level, or set data.bot and data.noisy_bot to 0"
+                ) from error
+            continue
+        kept += 1
+        tally.add(episode)
+        yield episode
+
+
+def _make_shard(job: _Job) -> dict[str, Any]:
+    """Worker: writes one shard, unless an earlier run left it whole."""
+    path = Path(job.path)
+    entry = writer.finished_shard(path)
+    if entry is not None:
+        return entry
+    tally = _Tally()
+    stream = chunks(
+        (e.validate(job.config.actions) for e in episodes(job.config, job.seed, job.shard, tally)),
+        job.config.data.chunk,
+    )
+    extra: dict[str, Any] = {"counts": tally.counts, "dropped": tally.dropped}
+    first = (next(stream) for _ in range(job.chunks))
+    return writer.write_shard(path, DatasetSpec.of(job.config), first, extra)
+
+
+def _worker() -> None:
+    """Ctrl-C is the parent's business: workers finish the shard they are writing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_config(config: Config) -> None:
+    """Raises `UserError` for a config whose episodes cannot be recorded, before anything is written."""
+    if len(config.actions) != 1 or config.actions[0].kind != "categorical" or config.actions[0].size != ACTIONS:
+        raise UserError(f"actions = {config.actions!r}: BabyAI takes one categorical component of size {ACTIONS}")
+    if config.agent.task_vocab < babyai.VOCABULARY:
+        raise UserError(
+            f"agent.task_vocab = {config.agent.task_vocab}: BabyAI's words need at least {babyai.VOCABULARY}"
+        )
+    if not config.env.levels:
+        raise UserError("env.levels is empty: name at least one level, e.g. BabyAI-GoToLocal-v0")
+    d, t = config.data, config.tokenizer
+    for level in config.env.levels:
+        if level in UNSOLVABLE and d.bot + d.noisy_bot > 0:
+            raise UserError(
+                f"env.levels: BabyAI's bot cannot solve {level}; remove it, or set data.bot and data.noisy_bot to 0"
+            )
+        babyai.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words).close()
+    for name, value, least in (("chunk", d.chunk, 2), ("chunks_per_shard", d.chunks_per_shard, 1),
+                               ("workers", d.workers, 1), ("frames", d.frames, 1)):  # fmt: skip
+        if value < least:
+            raise UserError(f"data.{name} = {value}: must be at least {least}")
+    for name, share in (("bot", d.bot), ("noisy_bot", d.noisy_bot), ("burst", d.burst)):
+        if not 0 <= share <= 1:
+            raise UserError(f"data.{name} = {share}: must be in [0, 1]")
+    if d.burst_length < 1:
+        raise UserError(f"data.burst_length = {d.burst_length}: must be at least 1")
+
+
+def _plan(data: DataConfig) -> list[tuple[str, int]]:
+    """(split, chunks) of each shard: at least one shard of each split, of nearly equal sizes."""
+    total = max(2, -(-data.frames // data.chunk))
+    count = max(2, -(-total // data.chunks_per_shard))
+    held = min(count - 1, max(1, round(data.holdout * count)))
+    sizes = [total // count + (i < total % count) for i in range(count)]
+    return [("holdout" if i >= count - held else "train", size) for i, size in enumerate(sizes)]
+
+
+def summarize(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Success rate, mean length and mean return by level and policy, and over all levels ("all levels", "all")."""
+    sums: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in entries:
+        for level, rows in entry["counts"].items():
+            for policy, row in rows.items():
+                for key in ((level, policy), (level, "all"), ("all levels", policy), ("all levels", "all")):
+                    into = sums.setdefault(key, dict.fromkeys(row, 0))
+                    for name, value in row.items():
+                        into[name] += value
+    out: dict[str, Any] = {}
+    for (level, policy), row in sorted(sums.items()):
+        n = row["episodes"]
+        out.setdefault(level, {})[policy] = {
+            "episodes": int(n),
+            "success_rate": round(row["success"] / n, 4),
+            "mean_steps": round(row["steps"] / n, 3),
+            "mean_return": round(row["return"] / n, 4),
+        }
+    return out
+
+
+def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = True) -> dict[str, Any]:
+    """Records ``data.frames`` frames into `out_dir`; returns the manifest.
+
+    Runs ``data.workers`` processes. Shards that an interrupted run left whole are kept; a complete dataset of the same
+    config is only checked. A directory that holds anything else is refused.
+    """
+    check_config(config)
+    directory = Path(out_dir)
+    plan = _plan(config.data)
+    d = dataclasses.asdict(config.data)
+    del d["workers"]  # where it ran is no part of what was recorded
+    spec = DatasetSpec.of(config)
+    request = {"seed": seed, "env": dataclasses.asdict(config.env), "data": d, "spec": spec.to_json()}
+    writer.write_request(directory, request)
+    counts = {split: sum(s == split for s, _ in plan) for split in SPLITS}
+    entries: dict[str, list[dict[str, Any]]] = {split: [{}] * n for split, n in counts.items()}
+    jobs: list[_Job] = []
+    place: list[tuple[str, int]] = []
+    for shard, (split, size) in enumerate(plan):
+        index = sum(s == split for s, _ in place)
+        place.append((split, index))
+        path = directory / writer.shard_file(split, index, counts[split])
+        jobs.append(_Job(config, seed, shard, size, str(path)))
+    for shard, entry in _run(jobs, config, progress):
+        split, index = place[shard]
+        entries[split][index] = entry
+    everything = [e for shards in entries.values() for e in shards]
+    return writer.finish(
+        directory,
+        spec,
+        entries,
+        request=request,
+        statistics=summarize(everything),
+        dropped=[episode for e in everything for episode in e["dropped"]],
+    )
+
+
+def _run(jobs: list[_Job], config: Config, progress: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Runs the jobs, in this process or in workers, and yields (shard, entry) as they finish."""
+    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("frames  {task.fields[rate]}"),
+               TimeRemainingColumn())  # fmt: skip
+    begun = time.monotonic()
+    done = 0
+    with Progress(*columns, disable=not progress) as bar:
+        total = sum(job.chunks for job in jobs) * config.data.chunk
+        task = bar.add_task("recording", total=total, rate="")
+
+        def advance(job: _Job) -> None:
+            nonlocal done
+            done += job.chunks * config.data.chunk
+            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.0f} frames/s")
+
+        workers = min(config.data.workers, len(jobs))
+        if workers == 1:
+            for job in jobs:
+                yield job.shard, _make_shard(job)
+                advance(job)
+            return
+        # Fork would copy the parent's threads' locks (JAX has threads); spawned workers import only what is above.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
+            futures = {pool.submit(_make_shard, job): job for job in jobs}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    job = futures[future]
+                    yield job.shard, future.result()
+                    advance(job)
+            except concurrent.futures.process.BrokenProcessPool:
+                raise DataError(
+                    "a recording process died (killed, or out of memory); run the same command again: whole shards "
+                    "are kept, and fewer processes (data.workers) need less memory"
+                ) from None
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise

@@ -1,0 +1,136 @@
+"""Attention behind one surface: ``attention(q, k, v, mask, *, softcap, impl)``.
+
+A mask is a small description (`Mask`), made dense only over the few rows and columns of one space or time attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Impl = Literal["auto", "reference", "xla"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_pos", "k_pos", "q_seg", "k_seg"],
+    meta_fields=["window", "types", "rules"],
+)
+@dataclass(frozen=True)
+class Mask:
+    """Who may attend to whom. Conditions left at None do not apply.
+
+    Attributes:
+      q_pos, k_pos: int32 [..., L] and [..., S], frame indices: a row sees columns of its own and earlier frames.
+        A negative column index is an empty cache slot that nobody sees.
+      window: a row sees the last `window` frames, its own included.
+      q_seg, k_seg: int32, a row sees columns of its own segment (episode) only.
+      types: token types of both sides (space attention). rules[a][b]: may type a attend to type b.
+    """
+
+    q_pos: Int[Array, "... L"] | None = None
+    k_pos: Int[Array, "... S"] | None = None
+    q_seg: Int[Array, "... L"] | None = None
+    k_seg: Int[Array, "... S"] | None = None
+    window: int | None = None
+    types: tuple[int, ...] | None = None
+    rules: tuple[tuple[bool, ...], ...] | None = None
+
+    def dense(self) -> Bool[Array, "... L S"] | None:
+        """The boolean mask, or None if everything is allowed."""
+        terms = []
+        if self.q_pos is not None and self.k_pos is not None:
+            q, k = self.q_pos[..., :, None], self.k_pos[..., None, :]
+            terms += [k >= 0, k <= q]
+            if self.window is not None:
+                terms.append(k > q - self.window)
+        if self.q_seg is not None and self.k_seg is not None:
+            terms.append(self.q_seg[..., :, None] == self.k_seg[..., None, :])
+        if self.types is not None and self.rules is not None:
+            allowed = np.array(self.rules, bool)[np.ix_(self.types, self.types)]
+            if not allowed.all():
+                terms.append(jnp.asarray(allowed))
+        if not terms:
+            return None
+        out = terms[0]
+        for term in terms[1:]:
+            out = out & term
+        return out
+
+
+def _scores(q: Array, k: Array) -> Array:
+    """q [..., G, R, L, K], k [..., G, S, K] -> float32 [..., G, R, L, S]."""
+    *lead, r, length, dim = q.shape
+    # Rows of all heads of a group in one matrix product.
+    out = jnp.einsum("...lk,...sk->...ls", q.reshape(*lead, r * length, dim), k, preferred_element_type=jnp.float32)
+    return out.reshape(*lead, r, length, k.shape[-2])
+
+
+def _mix(p: Array, v: Array) -> Array:
+    """p [..., G, R, L, S], v [..., G, S, K] -> [..., G, R, L, K]."""
+    *lead, r, length, s = p.shape
+    out = jnp.einsum("...ls,...sk->...lk", p.reshape(*lead, r * length, s), v)
+    return out.reshape(*lead, r, length, v.shape[-1])
+
+
+def _reference(q, ks, vs, masks, softcap):
+    *lead, length, heads, dim = q.shape
+    groups = ks[0].shape[-2]
+    q = jnp.moveaxis(q.reshape(*lead, length, groups, heads // groups, dim), -4, -2)
+    q = q * jnp.asarray(dim**-0.5, q.dtype)
+    scores = []
+    for k, mask in zip(ks, masks, strict=True):
+        s = _scores(q, jnp.moveaxis(k, -2, -3))
+        if softcap:
+            s = softcap * jnp.tanh(s / softcap)
+        dense = None if mask is None else mask.dense()
+        if dense is not None:
+            s = jnp.where(dense[..., None, None, :, :], s, jnp.finfo(jnp.float32).min)
+        scores.append(s)
+    # One softmax over all sources without building their concatenation of keys and values.
+    p = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    p = p.astype(vs[0].dtype)
+    ends = np.cumsum([k.shape[-3] for k in ks])
+    parts = jnp.split(p, ends[:-1], axis=-1) if len(ks) > 1 else [p]
+    out = sum(_mix(part, jnp.moveaxis(v, -2, -3)) for part, v in zip(parts, vs, strict=True))
+    return jnp.moveaxis(out, -2, -4).reshape(*lead, length, heads, dim)
+
+
+def attention(
+    q: Float[Array, "... L H K"],
+    k: Float[Array, "... S G K"] | Sequence[Array],
+    v: Float[Array, "... S G K"] | Sequence[Array],
+    mask: Mask | None | Sequence[Mask | None] = None,
+    *,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> Float[Array, "... L H K"]:
+    """Grouped-query attention with soft-capped logits ``softcap * tanh(q k / sqrt(K) / softcap)``, softmax in float32.
+
+    `k`, `v` and `mask` may be sequences of equal length: one softmax over several sources (ring cache, new frames).
+
+    Args:
+      impl: "reference" is einsums on any backend; "xla" is `jax.nn.dot_product_attention` (one source, no soft cap);
+        "auto" takes "xla" where it applies on an accelerator.
+    """
+    ks = list(k) if isinstance(k, (list, tuple)) else [k]
+    vs = list(v) if isinstance(v, (list, tuple)) else [v]
+    masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    one = len(ks) == 1 and not softcap
+    if impl == "xla" and not one:
+        raise ValueError("attention(impl='xla') takes one source and no softcap; use impl='reference'")
+    if impl == "auto":
+        impl = "xla" if one and jax.default_backend() != "cpu" else "reference"
+    if impl == "reference":
+        return _reference(q, ks, vs, masks, softcap)
+    *lead, length, heads, dim = q.shape
+    dense = None if masks[0] is None else masks[0].dense()
+    if dense is not None:
+        dense = jnp.broadcast_to(dense, (*lead, *dense.shape[-2:])).reshape(-1, 1, *dense.shape[-2:])
+    flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, ks[0], vs[0])]
+    return jax.nn.dot_product_attention(*flat, mask=dense).reshape(q.shape)

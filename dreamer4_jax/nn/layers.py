@@ -1,0 +1,106 @@
+"""Norms, rotary embeddings, SwiGLU and parameter initialisation."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+Axes = tuple[str | None, ...]
+
+
+def fan_in(key: Array, shape: Sequence[int], axes: Axes, *, inputs: int = 1, scale: float = 1.0) -> nnx.Param:
+    """A float32 parameter of standard deviation ``scale / sqrt(fan in)``; the first `inputs` axes are contracted."""
+    std = scale / np.sqrt(np.prod(shape[:inputs]))
+    # 0.8796 is the standard deviation of a unit normal truncated at two.
+    value = jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape), jnp.float32) * (std / 0.87962566)
+    return nnx.Param(value, axes=axes)
+
+
+def zeros(shape: Sequence[int], axes: Axes) -> nnx.Param:
+    return nnx.Param(jnp.zeros(tuple(shape), jnp.float32), axes=axes)
+
+
+def ones(shape: Sequence[int], axes: Axes) -> nnx.Param:
+    return nnx.Param(jnp.ones(tuple(shape), jnp.float32), axes=axes)
+
+
+def normal(key: Array, shape: Sequence[int], axes: Axes, std: float = 0.02) -> nnx.Param:
+    """A float32 table of embeddings or learned tokens."""
+    return nnx.Param(jax.random.normal(key, tuple(shape), jnp.float32) * std, axes=axes)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"] | None = None, eps: float = 1e-6) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32, returned in the dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y if scale is None else y * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, width: int, axis: str = "embed"):
+        self.scale = ones((width,), (axis,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Array:
+        return rms_norm(x, self.scale[...])
+
+
+class Linear(nnx.Module):
+    """``x @ w (+ b)`` over the last axis, in the dtype of `x`."""
+
+    def __init__(self, key: Array, shape: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool = True):
+        self.w = fan_in(key, shape, axes)
+        self.b = zeros(shape[1:], axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "... I"]) -> Array:
+        y = x @ self.w[...].astype(x.dtype)
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """``(silu(x w_gate) * (x w_up)) w_down``; `out_scale` shrinks the residual branch at initialisation."""
+
+    def __init__(self, key: Array, width: int, ffn: int, out_scale: float = 1.0):
+        gate, up, down = jax.random.split(key, 3)
+        self.gate = fan_in(gate, (width, ffn), ("embed", "ffn"))
+        self.up = fan_in(up, (width, ffn), ("embed", "ffn"))
+        self.down = fan_in(down, (ffn, width), ("ffn", "embed"), scale=out_scale)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        gate = x @ self.gate[...].astype(x.dtype)
+        up = x @ self.up[...].astype(x.dtype)
+        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+
+
+def rope_frequencies(dim: int, base: float) -> np.ndarray:
+    """Frequencies ``base ** (-2 i / dim)`` of the ``dim / 2`` rotated pairs, float32 [dim / 2]."""
+    return (base ** (-2.0 * np.arange(dim // 2) / dim)).astype(np.float32)
+
+
+def time_angles(positions: Array, dim: int, base: float) -> Float[Array, "... K/2"]:
+    """Rotation angles of absolute frame indices, int32 or float32 [...]. Always float32: bfloat16 merges frames."""
+    return positions.astype(jnp.float32)[..., None] * rope_frequencies(dim, base)
+
+
+def space_angles(coordinates: np.ndarray, dim: int, base: float) -> np.ndarray:
+    """Axial 2-D angles, float32 [N, K/2], of (row, column) positions [N, 2]: rows turn the first half of a head,
+    columns the second."""
+    frequencies = rope_frequencies(dim // 2, base).astype(np.float64)
+    return (np.asarray(coordinates, np.float64)[:, :, None] * frequencies).reshape(len(coordinates), -1).astype("f4")
+
+
+def rotate(x: Float[Array, "... L H K"], angles: Array, axes: int = 1) -> Float[Array, "... L H K"]:
+    """Rotary embedding: turns pairs of channels by `angles` [..., L, K/2] (float32).
+
+    The K channels are `axes` equal blocks (1: time, 2: rows and columns); in a block channel i pairs with i + half.
+    """
+    *lead, k = x.shape
+    angles = angles.reshape(*angles.shape[:-1], 1, axes, k // axes // 2)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    blocks = x.astype(jnp.float32).reshape(*lead, axes, 2, k // axes // 2)
+    a, b = blocks[..., 0, :], blocks[..., 1, :]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).reshape(x.shape).astype(x.dtype)

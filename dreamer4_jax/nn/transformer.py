@@ -1,0 +1,183 @@
+"""The efficient transformer (paper 3.4): space, space, space, causal time; scanned over periods.
+
+Pre-layer RMSNorm, RoPE, SwiGLU, QK-norm, soft-capped logits, grouped-query attention. Each layer has one attention:
+space layers attend over the N tokens of a frame, time layers over the frames of one token.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer4_jax.config import TransformerConfig
+from dreamer4_jax.nn import layers
+from dreamer4_jax.nn.attention import Mask, attention
+from dreamer4_jax.nn.cache import Cache
+
+
+class Attention(nnx.Module):
+    """Projections, QK-norm and rotation around `attention`."""
+
+    def __init__(self, key: Array, cfg: TransformerConfig, *, local: bool):
+        q, k, v, o = jax.random.split(key, 4)
+        d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.q = layers.fan_in(q, (d, h, dim), ("embed", "heads", "head_dim"))
+        self.k = layers.fan_in(k, (d, g, dim), ("embed", "kv_heads", "head_dim"))
+        self.v = layers.fan_in(v, (d, g, dim), ("embed", "kv_heads", "head_dim"))
+        scale = (2 * cfg.layers) ** -0.5
+        self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
+        local = local and cfg.local_init > 0
+        # Equal constants on both sides: after rotation their product peaks where positions agree. Content starts small
+        # beside them.
+        scale = jnp.full((dim,), 0.25 if local else 1.0, jnp.float32)
+        bias = jnp.full((dim,), cfg.local_init, jnp.float32)
+        self.q_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
+        self.k_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
+        self.q_bias = nnx.Param(bias, axes=("head_dim",)) if local else None
+        self.k_bias = nnx.Param(bias, axes=("head_dim",)) if local else None
+        self.softcap = cfg.softcap or None
+
+    def project(self, x: Float[Array, "... D"]) -> tuple[Array, Array, Array]:
+        """q [..., H, K], k and v [..., G, K], normalised but not rotated."""
+        d, h, dim = self.q.shape
+        g = self.k.shape[1]
+        # One product for the three: short of width, three thin ones waste the machine.
+        w = jnp.concatenate([p[...].reshape(d, -1) for p in (self.q, self.k, self.v)], axis=1)
+        qkv = x @ w.astype(x.dtype)
+        q, k, v = jnp.split(qkv, [h * dim, (h + g) * dim], axis=-1)
+        q, k, v = (y.reshape(*x.shape[:-1], -1, dim) for y in (q, k, v))
+        if self.q_scale is not None and self.k_scale is not None:
+            q, k = layers.rms_norm(q, self.q_scale[...]), layers.rms_norm(k, self.k_scale[...])
+        if self.q_bias is not None and self.k_bias is not None:
+            q, k = q + self.q_bias[...].astype(q.dtype), k + self.k_bias[...].astype(k.dtype)
+        return q, k, v
+
+    def output(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
+        h, dim, d = self.o.shape
+        return x.reshape(*x.shape[:-2], h * dim) @ self.o[...].reshape(h * dim, d).astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One pre-norm residual layer: attention over space or time, then SwiGLU."""
+
+    def __init__(self, key: Array, cfg: TransformerConfig, *, time: bool):
+        attn, mlp = jax.random.split(key)
+        self.norm1 = layers.RMSNorm(cfg.width)
+        self.attention = Attention(attn, cfg, local=not time)
+        self.norm2 = layers.RMSNorm(cfg.width)
+        self.mlp = layers.SwiGLU(mlp, cfg.width, cfg.ffn, out_scale=(2 * cfg.layers) ** -0.5)
+
+    def space(self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask) -> Float[Array, "B T N D"]:
+        with jax.named_scope("space_attention"):
+            q, k, v = self.attention.project(self.norm1(x))
+            q, k = layers.rotate(q, angles, axes=2), layers.rotate(k, angles, axes=2)
+            x = x + self.attention.output(attention(q, k, v, mask, softcap=self.attention.softcap))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x))
+
+    def time(
+        self, x: Float[Array, "B T N D"], angles: Array, mask: Mask, past: tuple[Array, Array, Mask] | None
+    ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
+        """`past`: keys and values [B, N, W, G, K] of the ring and their mask. Returns also the new keys and values
+        [B, N, T, G, K]."""
+        with jax.named_scope("time_attention"):
+            q, k, v = self.attention.project(self.norm1(x))
+            q, k = layers.rotate(q, angles[:, :, None]), layers.rotate(k, angles[:, :, None])
+            q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
+            if past is None:
+                y = attention(q, k, v, mask, softcap=self.attention.softcap)
+            else:
+                y = attention(q, (past[0], k), (past[1], v), (past[2], mask), softcap=self.attention.softcap)
+            x = x + self.attention.output(jnp.swapaxes(y, 1, 2))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x)), (k, v)
+
+
+class Period(nnx.Module):
+    """`time_every` layers, the last of them over time; a single space layer where there are no time layers."""
+
+    def __init__(self, key: Array, cfg: TransformerConfig):
+        keys = jax.random.split(key, cfg.period)
+        space = cfg.period - 1 if cfg.time_every else 1
+        self.space = nnx.List([Layer(k, cfg, time=False) for k in keys[:space]])
+        self.time = Layer(keys[-1], cfg, time=True) if cfg.time_every else None
+
+
+class Transformer(nnx.Module):
+    """Stack of periods, parameters stacked on a leading "layers" axis, and a final norm."""
+
+    def __init__(self, key: Array, cfg: TransformerConfig):
+        self.cfg = cfg
+        self.periods = jax.vmap(partial(Period, cfg=cfg))(jax.random.split(key, cfg.layers // cfg.period))
+        self.norm = layers.RMSNorm(cfg.width)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T N D"],
+        *,
+        coordinates: np.ndarray,
+        space_mask: Mask,
+        segments: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array] | None]:
+        """Runs the stack.
+
+        Args:
+          coordinates: static float [N, 2], row and column of each token for the space layers' RoPE.
+          space_mask: token types and rules of the space layers.
+          segments: episode numbers of the frames; time attention stays inside a segment. Frames of one segment are
+            adjacent. With a cache, its history belongs to the segment of the first frame.
+          cache: history of the time layers; the T frames are the ones that follow it. It is read, not written.
+          keep: return the time layers' keys and values [layers, B, N, T, G, K] (always with a cache).
+
+        Returns:
+          The normed output and the new keys and values for `cache.write`, or None.
+        """
+        cfg = self.cfg
+        batch, frames = x.shape[:2]
+        x = x.astype(cfg.dtype)
+        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.next
+        positions = start[:, None] + jnp.arange(frames, dtype=jnp.int32)
+        space = layers.space_angles(coordinates, cfg.head_dim, cfg.rope_base_space)
+        time = layers.time_angles(positions, cfg.head_dim, cfg.rope_base_time)
+        of_token = positions[:, None]  # [B, 1, T], the same for every token
+        seg = None if segments is None else segments[:, None]
+        mask = Mask(q_pos=of_token, k_pos=of_token, q_seg=seg, k_seg=seg, window=cfg.window)
+        past_mask = None
+        if cache is not None:
+            ring_seg = None if segments is None else jnp.broadcast_to(segments[:, None, :1], cache.pos[:, None].shape)
+            past_mask = Mask(of_token, cache.pos[:, None], seg, ring_seg, window=cfg.window)
+        keep = keep or cache is not None
+
+        def body(x, scanned):
+            period, ring = scanned
+            for layer in period.space:
+                x = layer.space(x, space, space_mask)
+            if period.time is None:
+                return x, None
+            x, kv = period.time.time(x, time, mask, None if ring is None else (*ring, past_mask))
+            return x, kv if keep else None
+
+        if cfg.remat == "full":
+            body = jax.checkpoint(body)
+        elif cfg.remat == "dots":
+            body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        ring = None if cache is None or not cfg.time_every else (cache.k, cache.v)
+        if cfg.scan:
+            x, kv = jax.lax.scan(body, x, (self.periods, ring))
+        else:
+            kvs = []
+            for i in range(cfg.layers // cfg.period):
+                x, kv_i = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], (self.periods, ring)))
+                kvs.append(kv_i)
+            kv = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kvs)
+        return self.norm(x), kv
+
+
+def first_of_segment(is_first: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Segment numbers from episode starts: ``cumsum(is_first)``."""
+    return jnp.cumsum(is_first.astype(jnp.int32), axis=1)

@@ -1,0 +1,149 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, the progress bar and the ledger of wall-clock time."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+TIME, EVAL = "time/", "eval/"  # prefixes of metrics that depend on the machine, and of a finished phase's scores
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader, or a process that dies, sees the old text or the new, never a part."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _plain(value: Any) -> float | None:
+    """A float of nine digits, which is every float32 exactly; None (JSON's null) where it is not finite."""
+    number = float(value)
+    return float(f"{number:.9g}") if math.isfinite(number) else None
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class MetricsWriter:
+    """Appends one phase's metrics to ``run_dir/metrics.jsonl`` and ``run_dir/tb/<phase>``.
+
+    Opening it drops, atomically, what this phase wrote after step `start`: those steps are about to be made again.
+    Lines of other phases stay. All keys but those under "time/" are a function of the run's config and seed.
+    """
+
+    def __init__(self, run_dir: str | Path, phase: str, start: int = 0):
+        run_dir = Path(run_dir)
+        self.phase, path = phase, run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(run_dir) if not self._stale(line, start)]
+        if path.exists():
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(run_dir / "tb" / phase), purge_step=start + 1)
+
+    def _stale(self, line: dict[str, Any], start: int) -> bool:
+        # An unfinished phase has no valid scores: a line of them was written by a process that died just afterwards.
+        return line["phase"] == self.phase and (line["step"] > start or any(name.startswith(EVAL) for name in line))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the scalars of the update that made the state of `step`."""
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"phase": self.phase, "step": step, **plain}) + "\n")
+        self._file.flush()
+        for name, value in plain.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Ledger:
+    """Seconds that each phase has cost, by activity, in ``run_dir/ledger.json``; accumulates across resumes.
+
+    Activities: "setup" (initialisation or restore), "compile", "data" (the loop waiting for a batch), "train",
+    "save", "evaluate". What a killed process spent since its last save is not in it.
+    """
+
+    def __init__(self, run_dir: str | Path, phase: str):
+        self._path, self.phase = Path(run_dir) / "ledger.json", phase
+        self._all: dict[str, dict[str, float]] = read_ledger(run_dir)
+        self.seconds = self._all.setdefault(phase, {})
+
+    @contextmanager
+    def time(self, activity: str) -> Iterator[None]:
+        """Adds the time spent inside to an activity, whether it succeeds or not."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def save(self) -> None:
+        rounded = {p: {a: round(s, 3) for a, s in part.items()} for p, part in self._all.items()}
+        write_atomic(self._path, json.dumps(rounded, indent=2) + "\n")
+
+
+def read_ledger(run_dir: str | Path) -> dict[str, dict[str, float]]:
+    """{phase: {activity: seconds}} of a run."""
+    path = Path(run_dir) / "ledger.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class ProgressBar:
+    """A rich bar with loss, speed and the time left; prints nothing where the output is not a terminal."""
+
+    def __init__(self, phase: str, total: int, start: int, enabled: bool):
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task(phase, total=total, completed=start, note="compiling")
+
+    def update(self, step: int, note: str | None = None) -> None:
+        self._bar.update(self._task, completed=step)
+        if note is not None:
+            self._bar.update(self._task, note=note)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,143 @@
+"""The state of a training phase, and the jitted step that every phase shares."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from dreamer4_jax.config import PhaseConfig
+from dreamer4_jax.training import optim
+
+Batch = dict[str, Any]
+Metrics = dict[str, Array]
+
+
+class Phase(Protocol):
+    """What one phase of training supplies; the loop does the rest."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> PhaseConfig: ...
+
+    @property
+    def frozen(self) -> Any:
+        """Arrays that the loss reads and nothing trains (a pytree, or None)."""
+
+    def init(self, key: Array) -> Any:
+        """The trainable model: a pytree whose leaves are all float32 parameters."""
+
+    def loss(self, model: Any, ema: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Metrics, Metrics]:
+        """({name of a loss term: weighted scalar}, metrics). The terms are the same for every batch."""
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of step `start`, `start` + 1, ...; the same step always gets the same batch."""
+
+    def evaluate(self, ema: Any, step: int) -> dict[str, float]:
+        """Scores of the finished model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and therefore everything that a checkpoint holds."""
+
+    step: Int[Array, ""]  # updates made
+    model: Any
+    opt_state: Any
+    ema: Any  # exponential moving average of the model; what sampling and evaluation use
+    norms: dict[str, Any]  # the loss normaliser's
+
+
+def init_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Batch, key: Array) -> TrainState:
+    """The state before the first update. `batch` tells the names of the loss terms; its values are not read.
+
+    The model is copied: its buffers are donated to the first step, and `phase.init` may hand over arrays that
+    somebody else still holds, such as a prior that `phase.frozen` keeps.
+    """
+
+    def copy(tree: Any) -> Any:
+        # An explicit dtype also drops weak types, which would compile the second step anew.
+        return jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype, copy=True), tree)
+
+    model = copy(phase.init(key))
+    terms, _ = jax.eval_shape(phase.loss, model, model, phase.frozen, batch, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        model=model,
+        # A copy as well: an optimiser may start several moments from one buffer, which cannot be donated twice.
+        opt_state=copy(optimizer.init(model)),
+        ema=copy(model),
+        norms=optim.init_norms(terms if phase.config.normalize_losses else ()),
+    )
+
+
+def abstract_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+    """The shapes and dtypes of `init_state`, with nothing computed or allocated."""
+    return jax.eval_shape(lambda key: init_state(phase, optimizer, batch, key), jax.random.key(0))
+
+
+def ema_decay(limit: float, step: Int[Array, ""]) -> Float[Array, ""]:
+    """``min(limit, (1 + step) / (10 + step))``: early on the average follows the model, not its initial values."""
+    s = step.astype(jnp.float32)
+    return jnp.minimum(jnp.float32(limit), (1.0 + s) / (10.0 + s))
+
+
+def _scalars(kind: str, values: Metrics) -> Metrics:
+    for name, value in values.items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"{kind} {name!r} of the loss has shape {jnp.shape(value)}; it must be a scalar")
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def make_train_step(
+    phase: Phase, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]:
+    """The jitted step ``(state, frozen, batch, run_key) -> (state, metrics)``; `state` is donated.
+
+    The loss terms are divided by their running root mean square, summed and differentiated; the step's randomness is
+    ``fold_in(run_key, state.step)``. Where the loss, a gradient or a new parameter is not finite, the returned state
+    is the old one, step number included, and ``metrics["finite"]`` is False.
+
+    Metrics: "loss" (the sum that is differentiated), "loss/<term>" (raw), "scaled/<term>" (normalised), "grad_norm"
+    (before clipping), "lr", "finite" and the phase's own.
+    """
+    cfg = phase.config
+    schedule = optim.wsd_schedule(cfg)
+
+    def total(model: Any, state: TrainState, frozen: Any, batch: Batch, key: Array) -> tuple[Array, tuple]:
+        with jax.named_scope("loss"):
+            terms, metrics = phase.loss(model, state.ema, frozen, batch, key)
+        terms = _scalars("term", terms)
+        scaled, norms = optim.normalize(state.norms, terms) if cfg.normalize_losses else (terms, state.norms)
+        return jnp.sum(jnp.stack(list(scaled.values()))), (terms, scaled, norms, _scalars("metric", metrics))
+
+    def step(state: TrainState, frozen: Any, batch: Batch, run_key: Array) -> tuple[TrainState, Metrics]:
+        key, rate = jax.random.fold_in(run_key, state.step), schedule(state.step)
+        (loss, (terms, scaled, norms, metrics)), grads = jax.value_and_grad(total, has_aux=True)(
+            state.model, state, frozen, batch, key
+        )
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+            decay = ema_decay(cfg.ema, state.step)
+            ema = jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, state.ema, model)
+        grad_norm = optax.global_norm(grads)
+        watched = [loss, grad_norm, optax.global_norm(model), *jax.tree.leaves(norms["mean_square"])]
+        finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
+        new = TrainState(state.step + 1, model, opt_state, ema, norms)
+        state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        out: Metrics = {"loss": loss, "grad_norm": grad_norm, "lr": rate, "finite": finite}
+        out |= {f"loss/{name}": value for name, value in terms.items()}
+        if cfg.normalize_losses:
+            out |= {f"scaled/{name}": value for name, value in scaled.items()}
+        if clash := sorted(out.keys() & metrics.keys()):
+            raise ValueError(f"phase {phase.name}: the loop itself reports the metrics {clash}; rename the phase's")
+        return state, out | metrics
+
+    return jax.jit(step, donate_argnums=0)
