@@ -4,16 +4,28 @@ A speed in frames per second says little without the machine under it, so each b
 operations of its matrix products and divides by the best rate that one large product reaches on the same devices.
 """
 
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from rich.console import Console
 from rich.table import Table
+
+from dreamer4_jax.config import Config, TransformerConfig, preset
+from dreamer4_jax.training.metrics import write_atomic
+from dreamer4_jax.training.optim import make_optimizer
+from dreamer4_jax.training.phases import DynamicsPhase
+from dreamer4_jax.training.state import init_state, make_train_step
+from dreamer4_jax.world.dynamics import Actions
+from dreamer4_jax.world.shortcut import denoise, observe
 
 
 class Timing(NamedTuple):
@@ -129,3 +141,82 @@ def table(on: dict[str, Any], rows: dict[str, dict[str, float]]) -> Table:
             f"{row['share_of_matmul_rate']:.0%}",
         )
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamics at the shapes that other implementations were measured at
+
+
+def reference_config() -> Config:
+    """d 256, 8 layers, 64 tokens x 32 channels, 8 registers: 74 world tokens a frame."""
+    stack = TransformerConfig(layers=8, width=256, heads=8, kv_heads=4, head_dim=32, ffn=704, window=16)
+    base = preset("tiny")
+    return dataclasses.replace(
+        base,
+        name="bench",
+        tokenizer=dataclasses.replace(base.tokenizer, channels=32, pack=1),
+        # Six agent tokens fill the frame to a multiple of 8; they are not computed here.
+        dynamics=dataclasses.replace(base.dynamics, transformer=stack, registers=8, agent_tokens=6, k_max=64),
+    )
+
+
+def bench_dynamics(gflops: float, *, batch: int = 4, frames: int = 8, context: int = 4, steps: int = 4) -> dict[str, Any]:
+    """Rows of `result`: one training step (shortcut forcing, EMA teacher, AdamW) on `batch` x `frames`, and one
+    generated frame at batch 1 behind `context` frames: `steps` denoising passes and the pass that writes the cache."""
+    config = reference_config()
+    key = jax.random.key(0)
+    shape = (batch, frames, config.tokenizer.tokens, config.tokenizer.token_channels)
+    data: dict[str, Any] = {
+        "latents": jax.random.uniform(key, shape, minval=-1.0),
+        "actions": {"move": jnp.zeros(shape[:2], jnp.int32)},
+        "present": {"move": jnp.ones(shape[:2], bool)},
+        "is_first": jnp.zeros(shape[:2], bool),
+    }
+    phase = DynamicsPhase(config, None)  # type: ignore[arg-type]  # the batch is given: no dataset is read
+    optimizer = make_optimizer(phase.config)
+    state = init_state(phase, optimizer, data, key)
+    train = make_train_step(phase, optimizer)
+    flops = matmul_flops(lambda s, b: train(s, None, b, key), state, data)
+
+    def step_many(state, count):
+        for _ in range(count):
+            state, _ = train(state, None, data, key)
+        return jax.block_until_ready(state)
+
+    state = step_many(state, 2)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        state = step_many(state, 2)
+        times.append((time.perf_counter() - began) / 2)
+    rows = {
+        f"training step, batch {batch} x {frames} frames": result(
+            Timing(statistics.median(times), min(times)), frames=batch * frames, flops=flops, gflops=gflops
+        )
+    }
+
+    model = state.ema
+    past = Actions({"move": jnp.zeros((1, context), jnp.int32)}, {"move": jnp.ones((1, context), bool)})
+    cache, _ = observe(model, model.init_cache(1), data["latents"][:1, :context], past, key)
+    one = jax.tree.map(lambda x: x[:, :1], past)
+
+    def next_frame(model, cache, key, k):
+        noise, write = jax.random.split(key)
+        z = denoise(model, cache, one, noise, steps=k)
+        return z, observe(model, cache, z, one, write)[0]
+
+    arguments = (model, cache, key, jnp.int32(steps))
+    flops = matmul_flops(next_frame, *arguments, trips=steps)
+    rows[f"generated frame, batch 1, K = {steps}"] = result(
+        time_jitted(jax.jit(next_frame), arguments), frames=1, flops=flops, gflops=gflops
+    )
+    return rows
+
+
+def main(out: str | None = None) -> None:
+    """`dreamer4 bench`: prints the table, and writes the figures to `out` if given."""
+    on = machine()
+    rows = bench_dynamics(on["matmul_gflops"])
+    Console().print(table(on, rows))
+    if out:
+        write_atomic(Path(out), json.dumps({"machine": on, "rows": rows}, indent=2) + "\n")

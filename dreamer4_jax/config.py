@@ -201,6 +201,7 @@ class EvaluateConfig:
     clips: int = 32  # held-out clips for the world-model metrics
     context: int = 4  # real frames in front of a generated clip
     frames: int = 16  # generated frames of a clip
+    diffusion_baseline: bool = False  # also train plain diffusion forcing: same size, data and number of steps
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,21 @@ def validate(c: Config) -> None:
         a.context,
         f"must be below data.chunk = {c.data.chunk} frames",
     )
+    uniform = c.train.agent.batch * (1 - a.relevant_fraction)
+    _require(
+        uniform >= 1 and abs(uniform - round(uniform)) < 1e-6,
+        "agent.relevant_fraction",
+        a.relevant_fraction,
+        f"of train.agent.batch = {c.train.agent.batch} rows: must leave a whole number of uniform rows, at least one",
+    )
+    if d.objective == "shortcut" and d.mix == "rows":
+        for at, rows in (("dynamics", c.train.dynamics.batch), ("agent", round(uniform))):
+            _require(
+                rows >= 2,
+                f"train.{at}.batch",
+                getattr(c.train, at).batch,
+                "needs two rows with dynamics loss, one for each branch of dynamics.mix = 'rows' (or use 'frames')",
+            )
     _require(
         c.data.bot + c.data.noisy_bot <= 1.0 + 1e-9,
         "data.noisy_bot",

@@ -24,6 +24,9 @@ KL = jnp.asarray([0.1, 0.2, 0.0, 0.5])
 ADVANTAGE = jnp.asarray([1.0, -0.1, 0.0, -7.0])
 
 
+jitted_returns, jitted_pmpo = jax.jit(lambda_returns), jax.jit(pmpo_loss)
+
+
 def arrays(*items):
     return [jnp.asarray(x, jnp.float32) for x in items]
 
@@ -50,12 +53,12 @@ def test_returns_of_a_terminated_episode_ignore_all_later_values():
     assert float(jnp.abs(a[3:] - b[3:]).min()) > 0
 
 
-@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10_000))
+@given(st.sampled_from([1, 2, 11]), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10_000))
 def test_returns_match_the_explicit_recursion(frames, gamma, lam, seed):
     rng = np.random.default_rng(seed)
     reward, value = rng.normal(size=(frames, 2, 3)), rng.normal(size=(frames + 1, 2, 3))
     cont = (rng.random((frames, 2, 3)) < 0.7) * rng.random((frames, 2, 3))
-    got = lambda_returns(*arrays(reward, value, cont), gamma, lam)
+    got = jitted_returns(*arrays(reward, value, cont), gamma, lam)
     assert got.shape == (frames, 2, 3)
     for b in np.ndindex(2, 3):
         at = (slice(None), *b)
@@ -68,12 +71,12 @@ def test_returns_want_one_more_value_than_rewards():
         lambda_returns(jnp.zeros(3), jnp.zeros(3), jnp.ones(3), 0.9, 0.9)
 
 
-@given(st.integers(1, 9), st.floats(0, 1), st.floats(0, 2), st.integers(0, 10_000))
+@given(st.sampled_from([1, 2, 9]), st.floats(0, 1), st.floats(0, 2), st.integers(0, 10_000))
 def test_pmpo_matches_equation_11(states, alpha, beta, seed):
     rng = np.random.default_rng(seed)
     logp, kl = -rng.exponential(size=states), rng.exponential(size=states)
     advantage = rng.normal(size=states) * (rng.random(states) < 0.8)  # some are exactly 0: they belong to D+
-    got = pmpo_loss(*arrays(logp, kl, advantage), alpha=alpha, beta=beta)
+    got = jitted_pmpo(*arrays(logp, kl, advantage), alpha=alpha, beta=beta)
     assert got.shape == ()
     np.testing.assert_allclose(got, reference.pmpo(logp, kl, advantage, alpha, beta), rtol=1e-5, atol=1e-5)
 

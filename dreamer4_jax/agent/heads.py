@@ -46,10 +46,11 @@ def symexp_twohot(x: Float[Array, "..."], bins: Float[Array, " S"] | np.ndarray)
     x = jnp.clip(x.astype(jnp.float32), bins[0], bins[-1])
     last = bins.shape[0] - 2
     low = jnp.clip(jnp.sum(bins <= x[..., None], axis=-1) - 1, 0, last)
-    upper_weight = ((x - bins[low]) / (bins[low + 1] - bins[low]))[..., None]
-    index = jnp.arange(bins.shape[0])
-    is_low, is_high = index == low[..., None], index == low[..., None] + 1
-    return jnp.where(is_low, 1.0 - upper_weight, 0.0) + jnp.where(is_high, upper_weight, 0.0)
+    below, above = bins[low], bins[low + 1]
+    # Both weights from distances: "1 - the other" would round the small one to 0 between a huge bin and a tiny number.
+    lower, upper = (above - x) / (above - below), (x - below) / (above - below)
+    offset = jnp.arange(bins.shape[0]) - low[..., None]
+    return jnp.where(offset == 0, lower[..., None], 0.0) + jnp.where(offset == 1, upper[..., None], 0.0)
 
 
 def twohot_mean(logits: Float[Array, "... S"], bins: Float[Array, " S"] | np.ndarray) -> Float[Array, "..."]:

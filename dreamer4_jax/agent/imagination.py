@@ -67,7 +67,7 @@ def imagination_losses(
     rollout: Trajectory,
     cfg: AgentConfig,
     *,
-    alive: Float[Array, "B"],
+    alive: Float[Array, " B"],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Value loss on lambda-returns (Eq 10) and PMPO with the frozen behavioural prior (Eq 11).
 
@@ -86,9 +86,7 @@ def imagination_losses(
     now = policy.next(h[:-1])
     kl = now.kl(prior.next(h[:-1]))
     losses = {
-        "policy": pmpo_loss(
-            now.log_prob(rollout.actions), kl, advantage, alpha=cfg.alpha, beta=cfg.beta, weight=alive
-        ),
+        "policy": pmpo_loss(now.log_prob(rollout.actions), kl, advantage, alpha=cfg.alpha, beta=cfg.beta, weight=alive),
         "value": jnp.sum(alive * value.loss(h[:-1], returns)) / count,
     }
     metrics = {

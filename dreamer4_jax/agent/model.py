@@ -58,7 +58,7 @@ def _act(
     memory: _Memory,
     images: Array,
     tasks: Int[Array, "B words"],
-    starting: Bool[Array, "B"],
+    starting: Bool[Array, " B"],
     key: Array,
     *,
     greedy: bool,

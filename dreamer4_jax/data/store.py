@@ -302,4 +302,3 @@ def open_dataset(
                 f"dataset {directory} was written by tokenizer {found!r}, this is {identity!r}: write the tokens again"
             )
     return dataset
-

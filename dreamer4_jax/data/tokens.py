@@ -4,6 +4,7 @@ Same directory format, with "latents" float16 [T, N, C] in place of "frames". Th
 the dataset: latents of one tokenizer mean nothing to a model trained on another's, so opening with another is refused.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def write_tokens(
     split = next(s for s in raw.splits if raw.chunks(s))
     tokens, channels = next(_encoded(raw, split, range(1), encode, batch_chunks))[0]["latents"].shape[1:]
     spec = store.DatasetSpec("latents", raw.spec.chunk, (tokens, channels), raw.spec.words, raw.spec.actions)
-    source = {e["file"]: e["sha256"] for shards in raw.manifest["splits"].values() for e in shards}
+    sums = [e["sha256"] for shards in raw.manifest["splits"].values() for e in shards]
+    source = hashlib.sha256("".join(sums).encode()).hexdigest()  # names the raw data
     directory = Path(out_dir)
     writer.write_request(directory, {"tokenizer": identity, "spec": spec.to_json(), "source": source})
     entries: dict[str, list[dict[str, Any]]] = {split: [] for split in raw.splits}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dreamer4_jax.data.schema import SCHEMA_VERSION, DataError, Episode, chunks
 from dreamer4_jax.data.store import MANIFEST, NAME, REQUEST, Arrays, DatasetSpec, checksum
@@ -50,6 +51,7 @@ def write_shard(
         extra: JSON values kept in the entry; read after the last chunk, so that a generator may fill it.
     """
     features, like = spec.features(), spec.example
+    serializer = ExampleSerializer(features.get_serialized_info())
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     rewarded, count = [], 0
@@ -68,7 +70,9 @@ def write_shard(
                     tree.setdefault(group, {})[leaf] = value
                 else:
                     tree[group] = value
-            writer.write(features.serialize_example(tree))
+            # Deterministic: protobuf orders a map's keys differently in each process, and shards have checksums.
+            record = serializer.get_tf_example(features.encode_example(tree))
+            writer.write(record.SerializeToString(deterministic=True))
             rewarded.append((arrays["reward"] > 0) & ~arrays["is_first"])
             count += 1
         writer.close()
@@ -100,7 +104,7 @@ def finished_shard(path: Path) -> dict[str, Any] | None:
         entry = json.loads(note.read_text())
     except ValueError:
         return None
-    whole = entry["bytes"] == path.stat().st_size and entry["sha256"] == checksum(path)
+    whole = entry.get("bytes") == path.stat().st_size and entry.get("sha256") == checksum(path)
     return entry if whole else None
 
 
@@ -112,11 +116,15 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
     """
     path = directory / REQUEST
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): remove {directory} and record it again") from None
         if old != json.loads(json.dumps(request)):
+            found = _differences(old, request)
+            shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise DataError(
-                f"{directory} holds a dataset of another config ({'; '.join(_differences(old, request))}): "
-                "choose another directory, or remove it"
+                f"{directory} holds a dataset of another config ({shown}): choose another directory, or remove it"
             )
         return
     if directory.exists() and any(directory.iterdir()):

@@ -102,6 +102,9 @@ class BabyAIEnv(gymnasium.Wrapper):
 
     def __init__(self, env: MiniGridEnv, config: EnvConfig, level: str, *, height: int, width: int, words: int):
         super().__init__(env)
+        env.spec = None  # nothing can rebuild it from gymnasium's registry: `make` builds it
+        # Minigrid encodes the agent's symbolic view at every step, half of a step's time. Nobody reads it here.
+        env.gen_obs = dict  # type: ignore[method-assign]
         self.level = level
         self._agent_view = config.view == "agent"
         self._grid_env = env

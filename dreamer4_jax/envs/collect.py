@@ -199,9 +199,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
         policy = choose_policy(config.data, rng)
         episode_seed = int(rng.integers(FIRST_SEED, 2**31))
         if level not in envs:
-            envs[level] = babyai.make(
-                config.env, level, height=t.height, width=t.width, words=config.agent.task_words
-            )
+            envs[level] = babyai.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words)
         env = envs[level]
         first = env.reset(seed=episode_seed)
         meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}

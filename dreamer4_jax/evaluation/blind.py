@@ -37,17 +37,22 @@ class BlindModel:
 # Network
 
 
-def _init(key: Array, words: int, vocab: int, sizes: Sequence[int], hidden: int) -> dict[str, Any]:
+def _init(rng: np.random.Generator, words: int, vocab: int, sizes: Sequence[int], hidden: int) -> dict[str, Any]:
     inputs = words * WORD_WIDTH + HISTORY * sum(s + 1 for s in sizes) + CLOCK + 1
-    k = jax.random.split(key, 3)
 
-    def dense(key: Array, fan_in: int, fan_out: int) -> dict[str, Array]:
-        return {"w": jax.random.normal(key, (fan_in, fan_out)) * (2.0 / fan_in) ** 0.5, "b": jnp.zeros(fan_out)}
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.float32)
 
     return {
-        "words": jax.random.normal(k[0], (vocab, WORD_WIDTH)),
-        "hidden": [dense(k[1], inputs, hidden), dense(k[2], hidden, hidden)],
-        "out": {"w": jnp.zeros((hidden, sum(sizes))), "b": jnp.zeros(sum(sizes))},
+        "words": normal(vocab, WORD_WIDTH),
+        "hidden": [
+            {"w": normal(inputs, hidden, scale=(2.0 / inputs) ** 0.5), "b": zeros(hidden)},
+            {"w": normal(hidden, hidden, scale=(2.0 / hidden) ** 0.5), "b": zeros(hidden)},
+        ],
+        "out": {"w": zeros(hidden, sum(sizes)), "b": zeros(sum(sizes))},
     }
 
 
@@ -149,8 +154,8 @@ def train_blind(
     if data["tasks"].max(initial=0) >= vocab:
         raise UserError(f"agent.task_vocab = {vocab}: the data holds word id {data['tasks'].max()}; it must be larger")
     sizes = tuple(p.size for p in parts)
-    key = jax.random.key(seed)
-    params = _init(key, data["tasks"].shape[1], vocab, sizes, hidden)
+    rng = np.random.default_rng(seed)  # NumPy's: nothing to compile
+    params = _init(rng, data["tasks"].shape[1], vocab, sizes, hidden)
     optimizer = optax.adamw(optax.cosine_decay_schedule(lr, steps), weight_decay=1e-3)
 
     def loss_of(params: Any, b: dict[str, Any]) -> Array:
@@ -162,18 +167,17 @@ def train_blind(
         return jnp.stack(terms).sum()
 
     @jax.jit
-    def fit(params: Any, data: dict[str, Any], key: Array) -> tuple[Any, Array]:
-        def step(carry: tuple[Any, Any], i: Array) -> tuple[tuple[Any, Any], Array]:
+    def fit(params: Any, data: dict[str, Any], order: Int[Array, "steps batch"]) -> tuple[Any, Array]:
+        def step(carry: tuple[Any, Any], rows: Int[Array, " batch"]) -> tuple[tuple[Any, Any], Array]:
             params, state = carry
-            rows = jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, count)
             loss, grads = jax.value_and_grad(loss_of)(params, jax.tree.map(lambda x: x[rows], data))
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
-        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), order)
         return params, losses
 
-    params, losses = fit(params, data, jax.random.fold_in(key, 1))
+    params, losses = fit(params, data, rng.integers(0, count, (steps, batch), dtype=np.int32))
     early = data["clock"][data["clock"] < CLOCK]
     seen = int(early.max()) if len(early) else -1
     return BlindModel(

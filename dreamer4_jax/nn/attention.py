@@ -118,9 +118,9 @@ def attention(
       impl: "reference" is einsums on any backend; "xla" is `jax.nn.dot_product_attention` (one source, no soft cap);
         "auto" takes "xla" where it applies on an accelerator.
     """
-    ks = list(k) if isinstance(k, (list, tuple)) else [k]
-    vs = list(v) if isinstance(v, (list, tuple)) else [v]
-    masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    ks = list(k) if isinstance(k, Sequence) else [k]
+    vs = list(v) if isinstance(v, Sequence) else [v]
+    masks = list(mask) if isinstance(mask, Sequence) else [mask]
     one = len(ks) == 1 and not softcap
     if impl == "xla" and not one:
         raise ValueError("attention(impl='xla') takes one source and no softcap; use impl='reference'")
@@ -132,5 +132,5 @@ def attention(
     dense = None if masks[0] is None else masks[0].dense()
     if dense is not None:
         dense = jnp.broadcast_to(dense, (*lead, *dense.shape[-2:])).reshape(-1, 1, *dense.shape[-2:])
-    flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, ks[0], vs[0])]
-    return jax.nn.dot_product_attention(*flat, mask=dense).reshape(q.shape)
+    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-3:]) for x in (q, ks[0], vs[0]))
+    return jax.nn.dot_product_attention(flat_q, flat_k, flat_v, mask=dense).reshape(q.shape)

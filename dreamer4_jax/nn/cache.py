@@ -27,17 +27,18 @@ class Cache:
     k: Float[Array, "layers B N W G K"]
     v: Float[Array, "layers B N W G K"]
     pos: Int[Array, "B W"]
-    next: Int[Array, "B"]
+    next: Int[Array, " B"]
 
 
 def empty(cfg: TransformerConfig, batch: int, tokens: int) -> Cache:
     """A cache of `batch` fresh streams of `tokens` tokens per frame."""
     shape = (cfg.time_layers, batch, tokens, cfg.window, cfg.kv_heads, cfg.head_dim)
-    zeros = jnp.zeros(shape, jnp.dtype(cfg.dtype))
-    return Cache(zeros, zeros, jnp.full((batch, cfg.window), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+    # Two buffers, not one twice: a cache is made to be donated.
+    k, v = jnp.zeros(shape, jnp.dtype(cfg.dtype)), jnp.zeros(shape, jnp.dtype(cfg.dtype))
+    return Cache(k, v, jnp.full((batch, cfg.window), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def reset(cache: Cache, streams: Bool[Array, "B"]) -> Cache:
+def reset(cache: Cache, streams: Bool[Array, " B"]) -> Cache:
     """Forgets the history of the marked streams; the others are untouched."""
     pos = jnp.where(streams[:, None], -1, cache.pos)
     return Cache(cache.k, cache.v, pos, jnp.where(streams, 0, cache.next))

@@ -32,7 +32,7 @@ def normal(key: Array, shape: Sequence[int], axes: Axes, std: float = 0.02) -> n
     return nnx.Param(jax.random.normal(key, tuple(shape), jnp.float32) * std, axes=axes)
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"] | None = None, eps: float = 1e-6) -> Array:
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"] | None = None, eps: float = 1e-6) -> Array:
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32, returned in the dtype of `x`."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -93,7 +93,7 @@ def space_angles(coordinates: np.ndarray, dim: int, base: float) -> np.ndarray:
     return (np.asarray(coordinates, np.float64)[:, :, None] * frequencies).reshape(len(coordinates), -1).astype("f4")
 
 
-def rotate(x: Float[Array, "... L H K"], angles: Array, axes: int = 1) -> Float[Array, "... L H K"]:
+def rotate(x: Float[Array, "... L H K"], angles: Array | np.ndarray, axes: int = 1) -> Float[Array, "... L H K"]:
     """Rotary embedding: turns pairs of channels by `angles` [..., L, K/2] (float32).
 
     The K channels are `axes` equal blocks (1: time, 2: rows and columns); in a block channel i pairs with i + half.

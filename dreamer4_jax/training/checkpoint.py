@@ -67,7 +67,8 @@ class Checkpointer:
     def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
         self.directory = Path(directory).absolute()
         self._options = ocp.CheckpointManagerOptions(
-            # Orbax keeps no count for a manager that may not delete.
+            # For a reader orbax wants both of these off, and warns otherwise.
+            save_interval_steps=0 if read_only else 1,
             max_to_keep=None if read_only else keep,
             create=not read_only,
             cleanup_tmp_directories=not read_only,

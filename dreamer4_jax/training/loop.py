@@ -173,6 +173,7 @@ class _Run:
         phase_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.name.encode()))
         self.init_key, self.run_key = jax.random.split(phase_key)
         self.train_step = make_train_step(phase, self.optimizer)
+        self.frozen = jax.device_put(phase.frozen)  # once: a property may make it anew, or hold NumPy arrays
         self.shapes: set[tuple] = set()
 
     def start(self, at: int | None, batch: Batch) -> TrainState:
@@ -196,7 +197,7 @@ class _Run:
         on_device = jax.device_put(batch)
         # Once compiled, a step must not move anything between host and device behind our back.
         with self.ledger.time("compile" if new else "train"), nullcontext() if new else jax.transfer_guard("disallow"):
-            return self.train_step(state, self.phase.frozen, on_device, self.run_key)
+            return self.train_step(state, self.frozen, on_device, self.run_key)
 
     def save(self, state: TrainState, step: int) -> Path:
         """Starts a checkpoint of a state that is known to be finite."""
@@ -215,7 +216,11 @@ class _Run:
         bad = [t for t in terms if t.endswith(("nan", "inf"))]
         self.checkpoints.wait()
         last = self.checkpoints.latest_step()
-        kept = f"the last good checkpoint is {self.checkpoints.path(last)}" if last is not None else "no checkpoint was saved yet"
+        kept = (
+            f"the last good checkpoint is {self.checkpoints.path(last)}"
+            if last is not None
+            else "no checkpoint was saved yet"
+        )
         what = f"loss terms {', '.join(bad)}" if bad else f"gradient norm {values['grad_norm']}, or the new parameters"
         raise DivergenceError(
             f"{self.phase.name}: not finite at step {step}: {what} (all terms: {', '.join(terms)}). The update was "

@@ -5,6 +5,7 @@ are matrices is read from the `axes` of each `nnx.Param`, because stacking layer
 to every array, so that the number of dimensions alone does not tell a matrix from a stack of scales.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -80,19 +81,22 @@ def is_matrix(params: Any) -> Any:
     return _map_parameters(lambda leaf, axes: len(_layer_axes(leaf, axes)) >= 2, params)
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """What Muon takes as the inputs and outputs of each hidden matrix; None: left to AdamW."""
+def _muon_axes(leaf: Any, axes: tuple | None) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes are the inputs and the outputs of a hidden matrix; None for what Muon leaves to AdamW."""
+    at = _layer_axes(leaf, axes)
+    names = [name for name in axes or () if name != "layers"]
+    if len(at) < 2 or any(name is not None and name not in _HIDDEN for name in names):
+        return None
+    # The attention output (heads, head_dim, embed) contracts all but its last axis; every other matrix its first.
+    inputs = len(at) - 1 if names and names[-1] == "embed" else 1
+    return optax.contrib.MuonDimensionNumbers(tuple(at[:inputs]), tuple(at[inputs:]))
 
-    def visit(leaf: Any, axes: tuple | None) -> optax.contrib.MuonDimensionNumbers | None:
-        at = _layer_axes(leaf, axes)
-        names = [name for name in axes or () if name != "layers"]
-        if len(at) < 2 or any(name is not None and name not in _HIDDEN for name in names):
-            return None
-        # The attention output (heads, head_dim, embed) contracts all but its last axis; every other matrix its first.
-        inputs = len(at) - 1 if names and names[-1] == "embed" else 1
-        return optax.contrib.MuonDimensionNumbers(tuple(at[:inputs]), tuple(at[inputs:]))
 
-    return _map_parameters(visit, params)
+def _muon_size(update: Array, axes: tuple | None) -> Array:
+    """An orthogonal matrix scaled to the root mean square `MUON_RMS`, whatever its shape (Liu et al. 2025)."""
+    dims = _muon_axes(update, axes)
+    inputs, outputs = (math.prod(update.shape[i] for i in side) for side in dims or ((), ()))
+    return update * (MUON_RMS * max(inputs, outputs) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,10 +143,13 @@ def _direction(name: str) -> optax.GradientTransformation:
         return optax.scale_by_adam(B1, B2, ADAM_EPS)
     if name == "laprop":
         return scale_by_laprop()
-    # A rate of -1 gives the ascending direction, as the other two do; the chain applies decay, schedule and sign.
-    return optax.contrib.muon(
-        -1.0, adam_b1=B1, adam_b2=B2, muon_weight_dimension_numbers=_muon_dimensions, consistent_rms=MUON_RMS
-    )
+    orthogonal = optax.contrib.scale_by_muon(weight_dimension_numbers=lambda tree: _map_parameters(_muon_axes, tree))
+    muon = optax.chain(orthogonal, optax.stateless(lambda updates, _: _map_parameters(_muon_size, updates)))
+
+    def labels(params: Any) -> Any:
+        return _map_parameters(lambda leaf, axes: "muon" if _muon_axes(leaf, axes) else "adamw", params)
+
+    return optax.partition({"muon": muon, "adamw": optax.scale_by_adam(B1, B2, ADAM_EPS)}, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

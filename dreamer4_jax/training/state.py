@@ -127,8 +127,8 @@ def make_train_step(
             model = optax.apply_updates(state.model, updates)
             decay = ema_decay(cfg.ema, state.step)
             ema = jax.tree.map(lambda e, m: decay * e + (1.0 - decay) * m, state.ema, model)
-        grad_norm = optax.global_norm(grads)
-        watched = [loss, grad_norm, optax.global_norm(model), *jax.tree.leaves(norms["mean_square"])]
+        grad_norm = optax.tree.norm(grads)
+        watched = [loss, grad_norm, optax.tree.norm(model), *jax.tree.leaves(norms["mean_square"])]
         finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
         new = TrainState(state.step + 1, model, opt_state, ema, norms)
         state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

@@ -1,7 +1,7 @@
-"""Interactive dynamics transformer: the tokens of a frame, the action encoder, the flow head, agent tokens (paper 3.2).
+"""Interactive dynamics transformer: tokens of a frame, action encoder, flow head, agent tokens (paper 3.2).
 
-A frame's block is [action, (tau, d), spatial tokens, registers, agent tokens]. World tokens see each other; agent tokens
-see everything and are seen by nothing, so a model called without a task simply leaves them out.
+A frame's block is [action, (tau, d), spatial tokens, registers, agent tokens]. World tokens see each other; agent
+tokens see everything and are seen by nothing, so a model called without a task simply leaves them out.
 """
 
 from collections.abc import Mapping

@@ -49,8 +49,8 @@ class Transition:
 
     z: Float[Array, "B N C"]
     h: Float[Array, "B D"]
-    reward: Float[Array, "B"]
-    cont: Float[Array, "B"]
+    reward: Float[Array, " B"]
+    cont: Float[Array, " B"]
 
 
 def one_frame(values: dict[str, Array]) -> Actions:

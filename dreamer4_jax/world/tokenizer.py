@@ -174,9 +174,7 @@ class Tokenizer(nnx.Module):
     def init_cache(self, batch: int) -> TokenizerCache:
         """Streaming state of `batch` fresh streams."""
         tokens = self.cfg.patches + self.cfg.latents
-        return TokenizerCache(
-            ring.empty(self.cfg.encoder, batch, tokens), ring.empty(self.cfg.decoder, batch, tokens)
-        )
+        return TokenizerCache(ring.empty(self.cfg.encoder, batch, tokens), ring.empty(self.cfg.decoder, batch, tokens))
 
     def encode_stream(self, video: Array, cache: TokenizerCache) -> tuple[Float[Array, "B T N C"], TokenizerCache]:
         """`encode` of the frames that follow what `cache` has seen; equal to encoding the whole video at once."""
@@ -191,12 +189,12 @@ class Tokenizer(nnx.Module):
         return jnp.clip(video, 0.0, 1.0), TokenizerCache(cache.encoder, decoder)
 
 
-def reset_streams(cache: TokenizerCache, streams: Bool[Array, "B"]) -> TokenizerCache:
+def reset_streams(cache: TokenizerCache, streams: Bool[Array, " B"]) -> TokenizerCache:
     """Forgets the history of the marked streams."""
     return TokenizerCache(ring.reset(cache.encoder, streams), ring.reset(cache.decoder, streams))
 
 
-def sample_drop(key: Array, shape: tuple[int, int, int], mask_max: float) -> Bool[Array, "B T P"]:
+def sample_drop(key: Array, shape: tuple[int, ...], mask_max: float) -> Bool[Array, "B T P"]:
     """Masked-autoencoder dropping: per image p ~ U(0, mask_max), each patch dropped with probability p (paper 3.1)."""
     level, patch = jax.random.split(key)
     p = jax.random.uniform(level, (*shape[:2], 1), maxval=mask_max)

@@ -1,0 +1,203 @@
+"""The `dreamer4` command.
+
+Every command takes an experiment (a file in experiments/) or a preset, and dotted overrides such as
+`train.dynamics.steps=2000`. Mistakes end with one message and exit code 2, an interruption that was saved with 42.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreamer4_jax.config import PRESETS, Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+
+if TYPE_CHECKING:
+    from dreamer4_jax.runner import Run
+
+PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+
+
+def experiments() -> list[str]:
+    """Names of the experiments that can be run: modules of experiments/ with a `config` function."""
+    import experiments as package
+
+    return sorted(p.stem for p in Path(package.__path__[0]).glob("*.py") if p.stem != "__init__")
+
+
+def resolve(name: str, size: str, seed: int, overrides: Sequence[str]) -> Config:
+    """The config of an experiment or preset, with overrides."""
+    if name in PRESETS:
+        if size != "quick":
+            raise ConfigError(f"--{size}: preset {name!r} has one size; sizes belong to experiments")
+        config = override(preset(name), {"seed": seed})
+    elif name in experiments():
+        config = importlib.import_module(f"experiments.{name}").config(size, seed)
+    else:
+        raise ConfigError(
+            f"unknown experiment or preset {name!r}: choose one of {', '.join([*experiments(), *PRESETS])}"
+        )
+    return override(config, parse_overrides(list(overrides)))
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", action="store_const", const="smoke", dest="size", help="tiny: shows that it runs")
+    size.add_argument("--full", action="store_const", const="full", dest="size", help="the longer version")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, training and evaluation (0)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="dotted config fields, e.g. train.dynamics.steps=2000"
+    )
+    parser.set_defaults(size="quick")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="DIR", help="run directory (runs/<name>-seed<seed>)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run directory if it holds a run")
+    parser.add_argument("--data", metavar="DIR", help="a recorded dataset to use instead of recording one")
+    parser.add_argument("--quiet", action="store_true", help="no progress output")
+
+
+def _open(config: Config, args: argparse.Namespace) -> "Run":
+    from dreamer4_jax.runner import Run
+
+    directory = args.run or f"runs/{config.name}-seed{config.seed}"
+    return Run(config, directory, resume=args.resume, progress=not args.quiet, data_dir=args.data)
+
+
+def _reopen(directory: str) -> "Run":
+    """An existing run, with the config it was made with."""
+    import json
+
+    from dreamer4_jax.runner import Run
+
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise UserError(f"{directory}: is no run directory (it has no config.json)")
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    return Run(from_dict(Config, tree), directory, resume=True)
+
+
+def _cmd_run(args: argparse.Namespace) -> None:
+    """all phases of an experiment, then its report"""
+    _open(resolve(args.experiment, args.size, args.seed, args.overrides), args).all()
+
+
+def _cmd_collect(args: argparse.Namespace) -> None:
+    """record episodes with the scripted policies of a config"""
+    from dreamer4_jax.envs.collect import collect
+
+    config = resolve(args.experiment, args.size, args.seed, args.overrides)
+    manifest = collect(config, args.out, seed=config.seed)
+    for level, policies in manifest["statistics"].items():
+        print(level, policies)
+
+
+def _cmd_train(args: argparse.Namespace) -> None:
+    """one phase; the phases before it must be finished in the same run directory"""
+    _open(resolve(args.experiment, args.size, args.seed, args.overrides), args).train(args.phase)
+
+
+def _cmd_evaluate(args: argparse.Namespace) -> None:
+    """play a run's policies in the real environment and measure its world model"""
+    run = _reopen(args.run)
+    names = args.policy or list(run.policies())
+    unknown = [name for name in names if name not in run.policies()]
+    if unknown:
+        raise UserError(f"unknown policy {unknown[0]!r}: choose from {', '.join(map(repr, run.policies()))}")
+    if not args.policy:
+        run.evaluate_world_model()
+    for name in names:
+        summary = run.evaluate_policy(name).summary()
+        success, back = summary["success"], summary["return"]
+        print(
+            f"{name:24s} success {success['mean']:.3f} [{success['low']:.3f}, {success['high']:.3f}]"
+            f"  return {back['mean']:.3f} [{back['low']:.3f}, {back['high']:.3f}]  episodes {summary['episodes']}"
+        )
+    run.report()
+
+
+def _cmd_generate(args: argparse.Namespace) -> None:
+    """imagine held-out clips at their true actions and write them beside the real ones"""
+    run = _reopen(args.run)
+    out = Path(args.out or run.dir / "media" / f"generated_k{args.steps}.webp")
+    run.generate(out, steps=args.steps, clips=args.clips)
+    print(out)
+
+
+def _cmd_report(args: argparse.Namespace) -> None:
+    """write report.html and results.json of a run, finished or not"""
+    run = _reopen(args.run)
+    run.report()
+    print(run.dir / "report.html")
+
+
+def _cmd_bench(args: argparse.Namespace) -> None:
+    """training and generation speed against this machine's matmul rate"""
+    from dreamer4_jax.bench import main
+
+    main(args.out)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="dreamer4", description="Dreamer 4 in JAX: world models and agents inside them.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub
+
+    for name, function in (("run", _cmd_run), ("collect", _cmd_collect), ("train", _cmd_train)):
+        sub = add(name, function)
+        if name == "train":
+            sub.add_argument("phase", choices=PHASES)
+            sub.add_argument("--experiment", default="quickstart", help="experiment or preset (quickstart)")
+        else:
+            sub.add_argument("experiment", help="a file of experiments/ or a preset")
+        if name == "collect":
+            sub.add_argument("--out", required=True, help="directory of the new dataset")
+        else:
+            _run_arguments(sub)
+        _config_arguments(sub)
+
+    sub = add("evaluate", _cmd_evaluate)
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--policy", action="append", help="only this policy (may be repeated)")
+    sub = add("generate", _cmd_generate)
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--steps", type=int, default=4, help="sampling steps K per frame (4)")
+    sub.add_argument("--clips", type=int, default=4, help="held-out clips (4)")
+    sub.add_argument("--out", help="file to write (<run>/media/...)")
+    sub = add("report", _cmd_report)
+    sub.add_argument("run", help="run directory")
+    sub = add("bench", _cmd_bench)
+    sub.add_argument("--out", help="also write the figures to this JSON file")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"dreamer4: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # training.loop.Interrupted, without importing jax for a mere --help.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"dreamer4: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Held-out clips through the models: reconstructions, and imagined video at every number of sampling steps."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from dreamer4_jax.config import Config, UserError
+from dreamer4_jax.data.store import Dataset
+from dreamer4_jax.envs.symbols import SymbolDecoder
+from dreamer4_jax.evaluation.metrics import bootstrap_ci, psnr, ssim
+from dreamer4_jax.evaluation.worldmodel import ClipScores, score_clips, step_table
+from dreamer4_jax.world.dynamics import Actions, Dynamics
+from dreamer4_jax.world.shortcut import generate
+from dreamer4_jax.world.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """n clips of context + future frames, each inside one held-out episode."""
+
+    frames: UInt8[np.ndarray, "n T H W 3"]
+    latents: Float[np.ndarray, "n T N C"]
+    actions: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+    context: int
+    decoder: SymbolDecoder
+
+    @classmethod
+    def sample(cls, config: Config, frames: Dataset, tokens: Dataset, *, seed: int) -> "HeldOut":
+        """Draws `evaluate.clips` distinct windows of the held-out split in which no other episode begins."""
+        e = config.evaluate
+        length = e.context + e.frames
+        starts = []
+        at = 0
+        for stream in frames.streams("holdout"):
+            if stream >= length:
+                first = frames.window("holdout", at, stream)["is_first"]
+                # An episode that begins with the window itself is inside.
+                inside = np.lib.stride_tricks.sliding_window_view(first[1:], length - 1).sum(-1) == 0
+                starts.append(at + np.flatnonzero(inside))
+            at += stream
+        found = np.concatenate(starts) if starts else np.zeros(0, int)
+        if len(found) < e.clips:
+            raise UserError(
+                f"evaluate.clips = {e.clips}: the held-out split has {len(found)} windows of {length} frames inside "
+                "one episode; record more frames, raise data.holdout or env.max_steps, or shorten evaluate.frames"
+            )
+        chosen = np.sort(np.random.default_rng(seed).choice(found, e.clips, replace=False))
+        raw = [frames.window("holdout", int(s), length) for s in chosen]
+        coded = [tokens.window("holdout", int(s), length) for s in chosen]
+        names = [part.name for part in config.actions]
+        return cls(
+            frames=np.stack([w["frames"] for w in raw]),
+            latents=np.stack([w["latents"] for w in coded]).astype(np.float32),
+            actions={n: np.stack([w[f"actions/{n}"] for w in raw]) for n in names},
+            present={n: np.stack([w[f"present/{n}"] for w in raw]) for n in names},
+            context=e.context,
+            decoder=SymbolDecoder(config.env.tile, config.env.view),
+        )
+
+    def score(self, imagined: Float[np.ndarray, "n T H W 3"]) -> ClipScores:
+        """Scores the frames after the context."""
+        symbols = self.decoder.decode(self.frames)
+        video = to_uint8(imagined)
+        return score_clips(
+            self.frames[:, self.context :],
+            video,
+            real_symbols=symbols[:, self.context :],
+            imagined_symbols=self.decoder.decode(video),
+            last_symbols=symbols[:, self.context - 1],
+        )
+
+    def shuffled(self, seed: int) -> "HeldOut":
+        """The same clips with each one's actions taken from another: a model that ignores actions would not notice."""
+        roll = np.roll(np.random.default_rng(seed).permutation(len(self.frames)), 1)
+        order = np.empty_like(roll)
+        order[np.roll(roll, -1)] = roll  # one cycle through all clips: none keeps its own
+        actions = {n: a[order] for n, a in self.actions.items()}
+        return HeldOut(self.frames, self.latents, actions, self.present, self.context, self.decoder)
+
+
+def to_uint8(video: Any) -> UInt8[np.ndarray, "n T H W 3"]:
+    """Frames in [0, 1] to bytes."""
+    return np.round(np.clip(np.asarray(video, np.float32), 0, 1) * 255).astype(np.uint8)
+
+
+@jax.jit
+def _decode(tokenizer: Tokenizer, z: Array) -> Array:
+    return tokenizer.decode(z)
+
+
+@jax.jit
+def _generate(dynamics: Dynamics, context: Array, actions: Actions, key: Array, steps: Int[Array, ""]) -> Array:
+    return generate(dynamics, context, actions, key, steps=steps)
+
+
+def _arguments(model: Dynamics, clips: HeldOut, steps: int, seed: int) -> tuple[Any, ...]:
+    actions, present = (jax.tree.map(jnp.asarray, x) for x in (clips.actions, clips.present))
+    context = jnp.asarray(clips.latents[:, : clips.context])
+    return model, context, Actions(actions, present), jax.random.key(seed), jnp.int32(steps)
+
+
+def imagine_clips(
+    model: Dynamics, tokenizer: Tokenizer, clips: HeldOut, steps: int, seed: int
+) -> Float[np.ndarray, "n T H W 3"]:
+    """The frames after the context, imagined at the clips' actions with K = `steps`."""
+    return np.asarray(_decode(tokenizer, _generate(*_arguments(model, clips, steps, seed))))
+
+
+def reconstruction(tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6) -> dict[str, Any]:
+    """PSNR, SSIM and symbol accuracy of decoded tokens of the held-out frames, with 95 % intervals over clips."""
+    video = to_uint8(_decode(tokenizer, held.latents))
+    symbols = (held.decoder.decode(video) == held.decoder.decode(held.frames)).mean((-2, -1))
+    scores = {
+        "psnr": np.minimum(psnr(held.frames, video), 60.0),
+        "ssim": ssim(held.frames, video),
+        "symbol_accuracy": symbols,
+    }
+    pick = np.linspace(0, len(video) - 1, shown).astype(int)
+    return {
+        **{name: bootstrap_ci(np.asarray(v).mean(1))._asdict() for name, v in scores.items()},
+        "frames": int(np.prod(video.shape[:2])),
+        "shown": {"real": held.frames[pick, -1], "reconstructed": video[pick, -1]},
+    }
+
+
+def step_count(
+    config: Config, models: Mapping[str, Dynamics], tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6
+) -> dict[str, Any]:
+    """Imagined clips at the true actions for K = 1, 2, 4, .., k_max, and a control with shuffled actions.
+
+    Returns:
+      {"steps": {"models": [..], "device"}, "conditions": [..], "steps_shown": K}, and under "shown" frames of the first
+      clips of the first model: "context", "real" and "imagined" uint8 [n, T, H, W, 3].
+    """
+    ladder = [2**i for i in range(config.dynamics.k_max.bit_length())]
+    frames = held.frames.shape[1] - held.context
+
+    def imagine(model: Dynamics, clips: HeldOut, steps: int) -> tuple[np.ndarray, float]:
+        if steps == ladder[0]:
+            imagine_clips(model, tokenizer, clips, steps, config.seed)  # compiles; every K uses this program
+        began = time.perf_counter()
+        z = jax.block_until_ready(_generate(*_arguments(model, clips, steps, config.seed)))
+        spent = time.perf_counter() - began
+        return np.asarray(_decode(tokenizer, z)), 1000 * spent / (frames * len(clips.frames))
+
+    out: dict[str, Any] = {"models": []}
+    control = min(config.agent.sample_steps, config.dynamics.k_max)
+    kept: dict[str, np.ndarray] = {}
+    conditions = []
+    for name, model in models.items():
+        scores, milliseconds = {}, {}
+        for steps in ladder:
+            video, milliseconds[steps] = imagine(model, held, steps)
+            scores[steps] = held.score(video)
+            if steps == control:
+                kept[name] = video
+        out["models"].append({"name": name, "rows": step_table(scores, milliseconds)})
+        conditions.append({"name": f"{name}, true actions", **scores[control].summary()})
+        wrong, _ = imagine(model, held.shuffled(config.seed), control)
+        conditions.append({"name": f"{name}, shuffled actions", **held.score(wrong).summary()})
+    first = next(iter(models))
+    return {
+        "steps": {**out, "device": f"{jax.devices()[0].device_kind}, batch {len(held.frames)}"},
+        "conditions": conditions,
+        "shown": {
+            "context": held.frames[:shown, : held.context],
+            "real": held.frames[:shown, held.context :],
+            "imagined": to_uint8(kept[first][:shown]),
+        },
+        "steps_shown": control,
+    }

@@ -1,0 +1,177 @@
+"""What a run showed: gathers its measurements, judges them against the targets, and writes the report."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dreamer4_jax import __version__
+from dreamer4_jax.config import Config, to_dict
+from dreamer4_jax.evaluation import report
+from dreamer4_jax.evaluation.closed_loop import EvalResult, compare
+
+CLONED, IMAGINED = "phase 2 (cloning)", "phase 3 (imagination)"
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
+    return {
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+        "dreamer4_jax": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _row(rows: Sequence[Mapping[str, Any]], steps: int) -> Mapping[str, Any]:
+    return next(r for r in rows if r["steps"] == steps)
+
+
+def _percent(interval: Mapping[str, float]) -> str:
+    return f"{100 * interval['mean']:.2f} %"
+
+
+def world_model_targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The quickstart's targets of reconstruction, imagination and step count."""
+    rec, k = measured["reconstruction"], measured["steps_shown"]
+    models = {m["name"]: m["rows"] for m in measured["steps"]["models"]}
+    rows = models["shortcut forcing"]
+    at_k, at_max = _row(rows, k), rows[-1]
+    shuffled = measured["conditions"][1]["average"]
+    gap = 100 * (at_max["symbol_accuracy"]["mean"] - at_k["symbol_accuracy"]["mean"])
+    out = [
+        {
+            "name": "held-out reconstruction, symbol accuracy",
+            "target": "≥ 99 %",
+            "value": _percent(rec["symbol_accuracy"]),
+            "passed": rec["symbol_accuracy"]["mean"] >= 0.99,
+        },
+        {
+            "name": "held-out reconstruction, PSNR",
+            "target": "≥ 32 dB",
+            "value": f"{rec['psnr']['mean']:.1f} dB",
+            "passed": rec["psnr"]["mean"] >= 32,
+        },
+        {
+            "name": f"imagined video at true actions, K = {k}: symbol accuracy of all tiles",
+            "target": "≥ 95 %",
+            "value": _percent(at_k["symbol_accuracy"]),
+            "passed": at_k["symbol_accuracy"]["mean"] >= 0.95,
+        },
+        {
+            "name": "tiles that change, against repeating the last frame",
+            "target": "above, intervals apart",
+            "value": f"{_percent(at_k['changed_accuracy'])} against {_percent(at_k['repeat_changed_accuracy'])}",
+            "passed": at_k["changed_accuracy"]["low"] > at_k["repeat_changed_accuracy"]["high"],
+        },
+        {
+            "name": "shuffling the actions costs accuracy on the tiles that change",
+            "target": "below, intervals apart",
+            "value": f"{_percent(shuffled['changed_accuracy'])} against {_percent(at_k['changed_accuracy'])}",
+            "passed": shuffled["changed_accuracy"]["high"] < at_k["changed_accuracy"]["low"],
+        },
+        {
+            "name": f"K = {k} against K = {at_max['steps']}",
+            "target": "within 1 point of symbol accuracy",
+            "value": f"{gap:+.2f} points lower" if gap >= 0 else f"{-gap:.2f} points higher",
+            "passed": gap <= 1,
+        },
+    ]
+    plain = models.get("diffusion forcing")
+    if plain:
+        theirs = _row(plain, k)
+        out.append(
+            {
+                "name": f"plain diffusion forcing at K = {k}, same size, data and steps",
+                "target": "below shortcut forcing",
+                "value": f"{_percent(theirs['symbol_accuracy'])} against {_percent(at_k['symbol_accuracy'])}",
+                "passed": theirs["symbol_accuracy"]["mean"] < at_k["symbol_accuracy"]["mean"],
+            }
+        )
+    return out
+
+
+def agent_targets(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """Phase 3 above phase 2, both above blind and random: intervals that do not overlap."""
+    found = {r.policy: r.summary()["success"] for r in results}
+    out = []
+    for better, worse in ((IMAGINED, CLONED), (CLONED, "blind"), (CLONED, "random"), (IMAGINED, "blind")):
+        if better in found and worse in found:
+            out.append(
+                {
+                    "name": f"success of {better} above {worse}",
+                    "target": "95 % intervals apart",
+                    "value": f"{_percent(found[better])} against {_percent(found[worse])}",
+                    "passed": found[better]["low"] > found[worse]["high"],
+                }
+            )
+    return out
+
+
+def write_report(
+    run_dir: str | Path,
+    config: Config,
+    *,
+    world_model: Mapping[str, Any] | None,
+    results: Sequence[EvalResult],
+    costs: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes report.html and results.json of a run, finished or not; returns the report's data."""
+    played = {r.policy: r for r in results}
+    targets = (world_model_targets(world_model) if world_model else []) + agent_targets(results)
+    minutes = sum(costs.values()) / 60
+    data: dict[str, Any] = {
+        "title": f"dreamer4_jax: {config.name}, seed {config.seed}",
+        "summary": f"Levels {', '.join(config.env.levels)}. All stages together took {minutes:.1f} minutes.",
+        "targets": targets,
+        "phases": [_cost(config, name, seconds) for name, seconds in costs.items()],
+        "config": to_dict(config),
+        "machine": machine(),
+        "extra": {"seed": config.seed, "seconds": dict(costs)},
+    }
+    if world_model:
+        arrays = world_model["arrays"]
+        data["reconstruction"] = {
+            "real": arrays["reconstruction_real"],
+            "reconstructed": arrays["reconstruction_reconstructed"],
+            **world_model["reconstruction"],
+        }
+        context = arrays["clip_context"].shape[1]
+        data["world_model"] = {
+            "conditions": world_model["conditions"],
+            "clips": [
+                {
+                    "panels": {"real": np.concatenate([before, real]), "imagined": np.concatenate([before, imagined])},
+                    "context": context,
+                }
+                for before, real, imagined in zip(
+                    arrays["clip_context"], arrays["clip_real"], arrays["clip_imagined"], strict=True
+                )
+            ],
+            "steps": world_model["steps_shown"],
+        }
+        data["steps"] = world_model["steps"]
+    if results:
+        pairs = ((IMAGINED, CLONED), ("phase 3, greedy", "phase 2, greedy"), (IMAGINED, "blind"))
+        data["closed_loop"] = {
+            "results": list(results),
+            "comparisons": [compare(played[a], played[b]) for a, b in pairs if a in played and b in played],
+            "highlight": [IMAGINED],
+        }
+    report.write_report(run_dir, data)
+    return data
+
+
+def _cost(config: Config, name: str, seconds: float) -> dict[str, Any]:
+    out: dict[str, Any] = {"name": name, "seconds": seconds}
+    phase = getattr(config.train, "dynamics" if name == "diffusion" else name, None)
+    if phase is not None:
+        out |= {"steps": phase.steps, "frames_per_second": phase.steps * phase.batch * phase.length / seconds}
+    return out

@@ -1,0 +1,350 @@
+"""An experiment from recording to report: all phases of one config in one run directory, each stage resumable.
+
+A run directory holds config.json, metrics.jsonl, tb/, checkpoints/<phase>/, data/ (recorded frames and their tokens),
+evaluation/ (one JSON per policy and measurement), media, results.json and report.html. Every stage is skipped if its
+result is already complete, so running the same command again with --resume goes on where the last one stopped.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dreamer4_jax.agent.heads import PolicyHead
+from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
+from dreamer4_jax.config import Config, UserError, override
+from dreamer4_jax.data.pipeline import Loader
+from dreamer4_jax.data.store import Dataset, open_dataset
+from dreamer4_jax.data.tokens import write_tokens
+from dreamer4_jax.envs.babyai import make
+from dreamer4_jax.envs.collect import DataPolicy, collect
+from dreamer4_jax.evaluation import media
+from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
+from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
+from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
+from dreamer4_jax.evaluation.summary import write_report
+from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.training.checkpoint import CheckpointError, load_model
+from dreamer4_jax.training.loop import model_path, open_run, run_phase
+from dreamer4_jax.training.metrics import read_ledger, write_atomic
+from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
+from dreamer4_jax.world.dynamics import Dynamics
+from dreamer4_jax.world.tokenizer import Tokenizer
+
+PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+
+
+class Run:
+    """One run of one config. Each method is a stage that needs the ones before it.
+
+    Args:
+      config: the experiment.
+      run_dir: made if missing; refused if it belongs to another config, or if it is in use and `resume` is False.
+      data_dir: recorded dataset to use instead of recording one into the run directory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str | Path,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        data_dir: str | Path | None = None,
+    ):
+        self.config = config
+        self.dir = open_run(run_dir, config, resume)
+        self.resume, self.progress = resume, progress
+        self.raw_dir = Path(data_dir) if data_dir else self.dir / "data" / "frames"
+        self.console = Console(stderr=True)
+        self._models: dict[str, Any] = {}
+        self._datasets: dict[str, Dataset] = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data
+
+    def collect(self) -> Dataset:
+        """Records episodes with the scripted policies of the config, unless a dataset was given."""
+        if "frames" not in self._datasets:
+            if self.raw_dir == self.dir / "data" / "frames":
+                with self._timed("collect"):
+                    collect(self.config, self.raw_dir, seed=self.config.seed, progress=self.progress)
+            self._datasets["frames"] = open_dataset(self.raw_dir, self.config)
+        return self._datasets["frames"]
+
+    def tokens(self) -> Dataset:
+        """Encodes every frame once with the trained tokenizer."""
+        if "latents" not in self._datasets:
+            self.collect()
+            tokenizer = self.model("tokenizer")
+            identity = checksum(tokenizer)
+            encode = jax.jit(lambda m, x, first: m.encode(x, segments=first_of_segment(first)))
+            out = self.dir / "data" / "tokens"
+            with self._timed("tokens"):
+                write_tokens(
+                    self.raw_dir, out, lambda x, first: encode(tokenizer, x, first), identity=identity, progress=False
+                )
+            self._datasets["latents"] = open_dataset(out, self.config, identity=identity)
+        return self._datasets["latents"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self, name: str) -> Any:
+        """Trains one phase (or finds it finished) and returns its EMA model."""
+        if name not in self._models:
+            phase = self._phase(name)
+            finished = model_path(self.dir, name).is_dir()
+            result = run_phase(
+                phase,
+                config=phase.full,
+                run_dir=self.dir,
+                seed=self.config.seed,
+                resume=self.resume or finished,
+                progress=self.progress,
+            )
+            self._models[name] = result.ema
+        return self._models[name]
+
+    def _phase(self, name: str) -> Any:
+        if name == "tokenizer":
+            return TokenizerPhase(self.config, self.collect())
+        if name == "dynamics":
+            return DynamicsPhase(self.config, self.tokens())
+        if name == "diffusion":
+            plain = override(self.config, {"dynamics.objective": "diffusion"})
+            return DynamicsPhase(plain, self.tokens(), name="diffusion")
+        if name == "agent":
+            return AgentPhase(self.config, self.tokens(), self.model("dynamics"))
+        if name == "imagination":
+            return ImaginationPhase(self.config, self.tokens(), self.model("agent"))
+        raise UserError(f"unknown phase {name!r}: choose one of {', '.join(PHASES)}")
+
+    def model(self, name: str) -> Any:
+        """The EMA model of a finished phase."""
+        if name not in self._models:
+            path = model_path(self.dir, name)
+            if not path.is_dir():
+                raise CheckpointError(f"{path}: phase {name!r} is not finished in this run; train it first")
+            self._models[name] = load_model(path, jax.eval_shape(self._abstract[name], jax.random.key(0)))[0]
+        return self._models[name]
+
+    @property
+    def _abstract(self) -> dict[str, Callable[[Any], Any]]:
+        c = self.config
+
+        def agent(key: Any) -> Agent:
+            return Agent(c, Dynamics(c, key), key)
+
+        return {
+            "tokenizer": lambda key: Tokenizer(c.tokenizer, key),
+            "dynamics": lambda key: Dynamics(c, key),
+            "diffusion": lambda key: Dynamics(override(c, {"dynamics.objective": "diffusion"}), key),
+            "agent": agent,
+            "imagination": lambda key: ActorCritic(c, agent(key).policy, key),
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def held_out(self) -> HeldOut:
+        """Held-out clips: frames, actions and their tokens, each inside one episode."""
+        return HeldOut.sample(self.config, self.collect(), self.tokens(), seed=self.config.seed)
+
+    def evaluate_world_model(self) -> dict[str, Any]:
+        """Reconstruction, imagined clips at the true and at shuffled actions, accuracy against step count."""
+
+        def measure() -> dict[str, Any]:
+            held, tokenizer = self.held_out(), self.model("tokenizer")
+            models = {"shortcut forcing": self.model("dynamics")}
+            if self.config.evaluate.diffusion_baseline:
+                models["diffusion forcing"] = self.model("diffusion")
+            pictures, clips = reconstruction(tokenizer, held), step_count(self.config, models, tokenizer, held)
+            arrays = {f"reconstruction_{k}": v for k, v in pictures.pop("shown").items()}
+            arrays |= {f"clip_{k}": v for k, v in clips.pop("shown").items()}
+            return {"reconstruction": pictures, **clips, "arrays": arrays}
+
+        return self._measured("world_model", measure)
+
+    def policies(self) -> dict[str, Callable[[], Any]]:
+        """Every policy of the closed-loop table, by name; made when asked for."""
+        c, seed = self.config, self.config.seed
+
+        def world_model(name: str, policy: Callable[[], PolicyHead], greedy: bool) -> Callable[[], Any]:
+            return lambda: WorldModelPolicy(
+                self.model("tokenizer"), self.model("agent").dynamics, policy(), seed=seed, greedy=greedy, name=name
+            )
+
+        def cloned() -> PolicyHead:
+            return self.model("agent").policy
+
+        def imagined() -> PolicyHead:
+            return self.model("imagination").policy
+
+        return {
+            "random": lambda: RandomPolicy(c.actions, seed=seed),
+            "data": lambda: DataPolicy(c.data),
+            "blind": self._blind,
+            "phase 2 (cloning)": world_model("phase 2 (cloning)", cloned, False),
+            "phase 2, greedy": world_model("phase 2, greedy", cloned, True),
+            "phase 3 (imagination)": world_model("phase 3 (imagination)", imagined, False),
+            "phase 3, greedy": world_model("phase 3, greedy", imagined, True),
+        }
+
+    def _blind(self) -> BlindPolicy:
+        c = self.config
+        loader = Loader(
+            self.tokens(),
+            batch=32,
+            length=c.train.agent.length,
+            relevant_fraction=c.agent.relevant_fraction,
+            seed=c.seed,
+        )
+        model = train_blind(loader.iterate(), c.actions, vocab=c.agent.task_vocab, seed=c.seed)
+        return BlindPolicy(model, seed=c.seed, name="blind")
+
+    def make_env(self, level: str) -> Any:
+        c = self.config
+        return make(c.env, level, height=c.tokenizer.height, width=c.tokenizer.width, words=c.agent.task_words)
+
+    def evaluate_policy(self, name: str, *, episodes: int | None = None) -> EvalResult:
+        """Plays one policy's episodes in the real environment, or reads what an earlier call measured."""
+        path = self._result_path(name)
+        if path.exists():
+            return EvalResult.from_json(json.loads(path.read_text()))
+        c = self.config.evaluate
+        with self._timed("evaluate"):
+            result = evaluate_policy(
+                self.policies()[name](),
+                self.make_env,
+                self.config.env.levels,
+                episodes=episodes or c.episodes,
+                envs=c.envs,
+                seed=self.config.seed + 1_000_003,
+            )
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(result.to_json()))
+        return result
+
+    def generate(self, out: Path, *, steps: int, clips: int) -> None:
+        """Writes held-out clips, real beside imagined at the true actions, as one animated picture."""
+        k_max = self.config.dynamics.k_max
+        if steps < 1 or steps & (steps - 1) or steps > k_max:
+            raise UserError(f"--steps {steps}: must be a power of two up to dynamics.k_max = {k_max}")
+        held = self.held_out()
+        if not 1 <= clips <= len(held.frames):
+            raise UserError(f"--clips {clips}: must be from 1 to evaluate.clips = {len(held.frames)}")
+        video = to_uint8(imagine_clips(self.model("dynamics"), self.model("tokenizer"), held, steps, self.config.seed))
+        real = held.frames[:clips]
+        dream = np.concatenate([real[:, : held.context], video[:clips]], axis=1)
+        # Clips below each other: [n, T, H, W, 3] -> [T, n H, W, 3].
+        panels = {
+            name: np.concatenate(list(x), axis=1) for name, x in (("real", real), (f"imagined, K = {steps}", dream))
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(media.video(panels, context=held.context, form="gif" if out.suffix == ".gif" else "webp"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Everything
+
+    def all(self) -> dict[str, Any]:
+        """Every stage, then the report. Returns the results that the report shows."""
+        began = time.perf_counter()
+        for name in PHASES[:2]:
+            self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
+            self.train(name)
+        if self.config.evaluate.diffusion_baseline:
+            self._say("diffusion-forcing baseline")
+            self.train("diffusion")
+        for name in PHASES[2:]:
+            self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
+            self.train(name)
+        self._say("evaluating the world model")
+        self.evaluate_world_model()
+        for name in self.policies():
+            self._say(f"playing: {name}")
+            self.evaluate_policy(name)
+        data = self.report()
+        self._say(f"finished in {(time.perf_counter() - began) / 60:.1f} minutes: {self.dir / 'report.html'}")
+        return data
+
+    def report(self) -> dict[str, Any]:
+        """Writes report.html and results.json from whatever the run has so far."""
+        return write_report(
+            self.dir,
+            self.config,
+            world_model=self.evaluate_world_model()
+            if (self.dir / "evaluation" / "world_model.json").exists()
+            else None,
+            results=self._played(),
+            costs=self.costs(),
+        )
+
+    def _played(self) -> list[EvalResult]:
+        """Results of the policies that have been played, in the order of the table."""
+        return [self.evaluate_policy(name) for name in self.policies() if self._result_path(name).exists()]
+
+    def _result_path(self, name: str) -> Path:
+        return self.dir / "evaluation" / f"{name.replace(' ', '_').replace(',', '')}.json"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Helpers
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.console.print(f"[bold]{text}[/bold]")
+
+    def _measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a measurement once and keeps it: JSON beside an npz of its arrays."""
+        path, arrays = self.dir / "evaluation" / f"{name}.json", self.dir / "evaluation" / f"{name}.npz"
+        if path.exists():
+            out = json.loads(path.read_text())
+            with np.load(arrays) as stored:
+                out["arrays"] = dict(stored)
+            return out
+        with self._timed(f"evaluate_{name}"):
+            out = measure()
+        path.parent.mkdir(exist_ok=True)
+        kept = out.pop("arrays")
+        np.savez_compressed(arrays, **kept)
+        write_atomic(path, json.dumps(out))
+        return out | {"arrays": kept}
+
+    def _timed(self, stage: str) -> "_Stage":
+        return _Stage(self.dir / "stages.json", stage)
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of every stage and phase, all resumes together."""
+        path = self.dir / "stages.json"
+        stages = json.loads(path.read_text()) if path.exists() else {}
+        return stages | {name: sum(entry.values()) for name, entry in read_ledger(self.dir).items()}
+
+
+class _Stage:
+    """Adds the seconds of a block to a JSON of stages."""
+
+    def __init__(self, path: Path, name: str):
+        self._path, self._name, self._began = path, name, 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        costs = json.loads(self._path.read_text()) if self._path.exists() else {}
+        costs[self._name] = costs.get(self._name, 0.0) + time.perf_counter() - self._began
+        write_atomic(self._path, json.dumps(costs))
+
+
+def checksum(model: Any) -> str:
+    """Identity of a model's weights: SHA-256 over its arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,51 @@
+"""Quickstart: recorded BabyAI play -> tokenizer -> world model -> agent -> reinforcement learning in imagination.
+
+    dreamer4 run quickstart                    # 15 minutes on 2 cores
+    dreamer4 run quickstart --smoke            # the same stages, under 3 minutes, for CI
+    dreamer4 run quickstart --full             # at most 90 minutes, adds the diffusion-forcing baseline
+
+The data is mediocre on purpose: a scripted expert that breaks off into bursts of random actions, and aimless walks.
+Episodes end after 32 steps, rewards come once at success. The page <run>/report.html shows what came of it.
+"""
+
+from typing import Any
+
+from dreamer4_jax.config import Config, override, preset
+
+LEVELS = "BabyAI-GoToObj-v0,BabyAI-GoToLocal-v0,BabyAI-PickupLoc-v0,BabyAI-PutNextLocal-v0"
+
+QUICK: dict[str, Any] = {
+    "name": "quickstart",
+    "env.levels": LEVELS,
+    "env.max_steps": 24,
+    "data.bot": 0.15,
+    "data.noisy_bot": 0.55,
+    "data.burst": 0.4,
+    "train.tokenizer.steps": 1500,
+    "train.tokenizer.batch": 8,
+    "train.tokenizer.length": 1,
+    "train.tokenizer.lr": 3e-3,
+}
+SMOKE: dict[str, Any] = {
+    **QUICK,
+    "name": "quickstart-smoke",
+    "data.frames": 6000,
+    "data.chunks_per_shard": 8,
+    "train.tokenizer.steps": 60,
+    "train.dynamics.steps": 40,
+    "train.dynamics.batch": 4,
+    "train.agent.steps": 20,
+    "train.agent.batch": 4,
+    "train.imagination.steps": 5,
+    "train.imagination.batch": 4,
+    "dynamics.k_max": 4,
+    "evaluate.episodes": 16,
+    "evaluate.envs": 16,
+    "evaluate.clips": 8,
+}
+FULL: dict[str, Any] = {**QUICK, "name": "quickstart-full", "evaluate.diffusion_baseline": True}
+
+
+def config(size: str = "quick", seed: int = 0) -> Config:
+    """The config of a size: "smoke", "quick" or "full"."""
+    return override(preset("tiny"), {**{"smoke": SMOKE, "quick": QUICK, "full": FULL}[size], "seed": seed})

@@ -1,0 +1,333 @@
+"""The transformer: against a float64 reference, who sees whom, cached = uncached, scan and rematerialisation."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamer4_jax.nn import Mask, Transformer
+from dreamer4_jax.nn import cache as ring
+from dreamer4_jax.nn.transformer import first_of_segment
+from tests import reference
+from tests.small import dependencies, drawn, transformer_config
+
+N = 3
+PLACES = np.array([[0, 0], [0, 1], [1, 0.5]], np.float32)
+TYPES = Mask(types=(0, 0, 1), rules=((True, False), (True, True)))
+CFG = transformer_config()
+DEEP = transformer_config(layers=8)
+run = partial(Transformer.__call__, coordinates=PLACES, space_mask=TYPES)
+
+
+def model(cfg, seed=0):
+    return drawn(lambda key: Transformer(key, cfg), seed)
+
+
+def with_config(net, **fields):
+    """The same parameters under another config."""
+    other = jax.eval_shape(partial(Transformer, cfg=replace(net.cfg, **fields)), jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(net))
+
+
+def inputs(batch=2, frames=5, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, frames, N, 32)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return model(DEEP)
+
+
+@jax.jit
+def forward(net, x, segments=None):
+    return run(net, x, segments=segments)[0]
+
+
+@jax.jit
+def step(net, x, cache, segments=None):
+    y, kv = run(net, x, cache=cache, segments=segments)
+    return y, ring.write(cache, *kv, segments=segments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+def reference_forward(net, x, segments):
+    """The whole stack in float64, written from paper 3.4 and `tests.reference`."""
+    cfg = net.cfg
+    x = np.asarray(x, np.float64)
+    frames = x.shape[1]
+    space = np.array([[TYPES.rules[a][b] for b in TYPES.types] for a in TYPES.types])
+    now, then = np.arange(frames)[:, None], np.arange(frames)[None]
+    time = (then <= now) & (then > now - cfg.window) & (segments[..., :, None] == segments[..., None, :])
+
+    def layer(x, p, over_time):
+        a = p.attention
+        y = reference.rms_norm(x, p.norm1.scale[...])
+        q, k, v = (np.einsum("btnd,dhk->btnhk", y, np.asarray(w[...], np.float64)) for w in (a.q, a.k, a.v))
+        q, k = reference.rms_norm(q, a.q_scale[...]), reference.rms_norm(k, a.k_scale[...])
+        if a.q_bias is not None:
+            q, k = q + np.asarray(a.q_bias[...]), k + np.asarray(a.k_bias[...])
+        if over_time:
+            q, k, v = (np.swapaxes(z, 1, 2) for z in (q, k, v))
+            turn = partial(reference.rope_1d, positions=np.arange(frames), base=cfg.rope_base_time)
+        else:
+            turn = partial(reference.rope_2d, rows=PLACES[:, 0], columns=PLACES[:, 1], base=cfg.rope_base_space)
+        q, k = (np.swapaxes(turn(np.swapaxes(z, -2, -3)), -2, -3) for z in (q, k))
+        y = reference.attention(q, k, v, time[:, None] if over_time else space, cfg.softcap)
+        y = np.swapaxes(y, 1, 2) if over_time else y
+        x = x + np.einsum("btnhk,hkd->btnd", y, np.asarray(a.o[...], np.float64))
+        y = reference.rms_norm(x, p.norm2.scale[...])
+        return x + reference.swiglu(y, p.mlp.gate[...], p.mlp.up[...], p.mlp.down[...])
+
+    for i in range(cfg.layers // cfg.time_every):
+        period = jax.tree.map(lambda leaf, i=i: leaf[i], net.periods)
+        assert len(period.space) == 3
+        for p in period.space:
+            x = layer(x, p, over_time=False)
+        x = layer(x, period.time, over_time=True)
+    return reference.rms_norm(x, net.norm.scale[...])
+
+
+@pytest.mark.parametrize("local_init", [0.0, 1.5])
+def test_against_the_reference(local_init):
+    net, x = model(replace(DEEP, local_init=local_init)), inputs()
+    segments = np.array([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
+    expected = reference_forward(net, x, segments)
+    np.testing.assert_allclose(forward(net, x, jnp.asarray(segments)), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_bfloat16_follows_float32(deep):
+    narrow = with_config(deep, dtype="bfloat16")
+    y, exact = forward(narrow, inputs()), forward(deep, inputs())
+    assert y.dtype == jnp.bfloat16
+    assert float(jnp.abs(y - exact).mean()) < 0.02 * float(jnp.abs(exact).mean()) + 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees whom: gradients that are exactly zero, and those that are not
+
+T = 5
+FRAME, TOKEN = (a.reshape(-1) for a in np.meshgrid(np.arange(T), np.arange(N), indexing="ij"))
+
+
+def expected(frames, tokens):
+    """[T N, T N] from who may see whom among frames [T, T] and tokens [N, N]."""
+    return np.asarray(frames)[FRAME[:, None], FRAME] & np.asarray(tokens)[TOKEN[:, None], TOKEN]
+
+
+def seen(net, segments=None, frames=T):
+    seg = None if segments is None else jnp.asarray(segments)[None]
+    return dependencies(lambda x: run(net, x[None], segments=seg)[0][0], inputs(1, frames)[0])
+
+
+SAME = np.eye(T, dtype=bool)
+CAUSAL = np.tril(np.ones((T, T), bool))
+RULES = np.array([[True, True, False], [True, True, False], [True, True, True]])
+
+
+def test_a_space_layer_sees_its_own_frame_by_the_rules():
+    net = model(transformer_config(layers=1, time_every=0))
+    assert np.array_equal(seen(net), expected(SAME, RULES))
+
+
+@pytest.mark.parametrize("segments", [None, [0, 0, 1, 1, 1]])
+def test_a_time_layer_sees_its_own_token_in_the_window(segments):
+    net = model(transformer_config(layers=1, time_every=1))
+    window = CAUSAL & ~np.tril(np.ones((T, T), bool), -3)
+    if segments is not None:
+        window &= np.equal.outer(segments, segments)
+    assert np.array_equal(seen(net, segments), expected(window, np.eye(N, dtype=bool)))
+
+
+def test_one_period_is_causal_and_windowed():
+    window = CAUSAL & ~np.tril(np.ones((T, T), bool), -3)
+    assert np.array_equal(seen(model(CFG)), expected(window, RULES))
+
+
+def test_two_periods_reach_two_windows_back(deep):
+    frames = 7
+    got = seen(deep, frames=frames).reshape(frames, N, frames, N)
+    now, then = np.arange(frames)[:, None], np.arange(frames)[None]
+    reach = (then <= now) & (then >= now - 2 * (DEEP.window - 1))
+    assert np.array_equal(got, reach[:, None, :, None] & RULES[None, :, None, :])
+    assert not reach.all()
+
+
+def test_nothing_crosses_the_border_of_a_segment(deep):
+    segments = np.array([4, 4, 5, 5, 7])
+    same = np.equal.outer(segments, segments)
+    assert np.array_equal(seen(deep, segments), expected(CAUSAL & same, RULES))
+
+
+def test_a_segment_per_frame_makes_separate_images(deep):
+    assert np.array_equal(seen(deep, np.arange(T)), expected(SAME, RULES))
+    image = forward(deep, inputs(1, T)[:, 3:4])
+    video = forward(deep, inputs(1, T), jnp.arange(T)[None])
+    np.testing.assert_allclose(video[:, 3:4], image, rtol=1e-4, atol=1e-4)  # positions differ: rounding of angles
+
+
+def test_segments_count_episode_starts():
+    starts = jnp.array([[True, False, True, False], [False, False, False, True]])
+    assert np.array_equal(first_of_segment(starts), [[1, 1, 2, 2], [0, 0, 0, 1]])
+
+
+def test_three_space_layers_then_time_that_adds_only_its_output():
+    """Peer mistake 6: with zero outputs a time layer leaves every token as it is."""
+    net = model(CFG)
+    muted = jax.tree.map(lambda x: x, net)
+    silent = muted.periods.time
+    silent.attention.o = jax.tree.map(jnp.zeros_like, silent.attention.o)
+    silent.mlp.down = jax.tree.map(jnp.zeros_like, silent.mlp.down)
+    rest = model(transformer_config(layers=3, time_every=0))
+    rest.norm = net.norm
+    rest.periods.space = [jax.tree.map(lambda *x: jnp.concatenate(x), *net.periods.space)]
+    np.testing.assert_allclose(forward(muted, inputs()), forward(rest, inputs()), rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(forward(net, inputs()) - forward(rest, inputs())).max()) > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached = uncached
+
+
+@pytest.mark.parametrize("chunks", [[1] * 11, [4, 1, 1, 5], [2, 3, 6]], ids=["frames", "prefill", "chunks"])
+def test_cached_equals_uncached_through_a_wrap(deep, chunks):
+    x = inputs(2, 11)
+    cache, parts, at = ring.empty(DEEP, 2, N), [], 0
+    for size in chunks:
+        y, cache = step(deep, x[:, at : at + size], cache)
+        parts.append(y)
+        at += size
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), forward(deep, x), rtol=2e-5, atol=2e-5)
+    assert np.array_equal(cache.next, [11, 11])
+
+
+def test_a_pass_reads_the_ring_and_does_not_write_it(deep):
+    _, cache = step(deep, inputs(2, 2), ring.empty(DEEP, 2, N))
+    before = jax.tree.map(np.array, cache)
+    first, second = step(deep, inputs(2, 1, 1), cache)[0], step(deep, inputs(2, 1, 1), cache)[0]
+    assert np.array_equal(first, second)
+    jax.tree.map(np.testing.assert_array_equal, before, cache)
+
+
+def test_2000_frames_equal_windowed_recomputation(deep):
+    """Peer mistakes 3 and 4: positions stay exact, and neither bytes nor programs grow."""
+    frames, reach = 2000, 2 * (DEEP.window - 1) + 1
+    x = inputs(1, frames)
+
+    @jax.jit
+    def roll(net, x):
+        def body(cache, frame):
+            y, cache = step(net, frame[:, None], cache)
+            return cache, y[:, 0]
+
+        return jax.lax.scan(body, ring.empty(DEEP, 1, N), jnp.swapaxes(x, 0, 1))
+
+    cache, y = roll(deep, x)
+    assert int(cache.next[0]) == frames and sorted(map(int, cache.pos[0])) == [1997, 1998, 1999]
+    for t in (10, 255, 256, 257, 300, 1023, 1999):
+        window = x[:, t - reach + 1 : t + 1]
+        fresh = ring.empty(DEEP, 1, N)
+        placed = ring.Cache(fresh.k, fresh.v, fresh.pos, fresh.next + t - reach + 1)
+        np.testing.assert_allclose(y[t], step(deep, window, placed)[0][:, -1], rtol=3e-5, atol=3e-5)
+        # At positions counted from 0 only the rounding of the angles differs: 2,000 radians times 2^-24.
+        np.testing.assert_allclose(y[t], forward(deep, window)[:, -1], rtol=2e-3, atol=2e-3)
+
+
+def test_cost_per_frame_is_constant(deep):
+    """Peer mistake 4: one program of constant bytes and operations serves frame 10 and frame 2,000."""
+    one = jax.jit(lambda net, x, cache: step.__wrapped__(net, x, cache))
+    cache, x, sizes = ring.empty(DEEP, 1, N), inputs(1, 1), set()
+    for at in (0, 1, 10, 2000):
+        cache = ring.Cache(cache.k, cache.v, cache.pos, jnp.full((1,), at, jnp.int32))
+        _, cache = one(deep, x, cache)
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(cache)))
+    assert one._cache_size() == 1 and len(sizes) == 1
+
+
+def test_streams_of_different_age_in_one_batch(deep):
+    x = inputs(3, 12)
+    cache = ring.empty(DEEP, 3, N)
+    for t in range(6):
+        _, cache = step(deep, x[:, t : t + 1], cache)
+    cache = ring.reset(cache, jnp.array([False, True, False]))
+    together = []
+    for t in range(6, 12):
+        y, cache = step(deep, x[:, t : t + 1], cache)
+        together.append(y)
+    together = np.concatenate(together, 1)
+    whole, young = forward(deep, x), forward(deep, x[:, 6:])
+    np.testing.assert_allclose(together[[0, 2]], np.asarray(whole[:, 6:])[[0, 2]], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(together[1], young[1], rtol=2e-5, atol=2e-5)
+    assert np.array_equal(cache.next, [12, 6, 12])
+
+
+def test_reset_leaves_other_streams_bit_equal(deep):
+    x = inputs(2, 5)
+    kept = changed = ring.empty(DEEP, 2, N)
+    for t in range(4):
+        _, kept = step(deep, x[:, t : t + 1], kept)
+        changed = kept
+    changed = ring.reset(changed, jnp.array([True, False]))
+    a, b = step(deep, x[:, 4:], kept)[0], step(deep, x[:, 4:], changed)[0]
+    assert np.array_equal(a[1], b[1]) and not np.array_equal(a[0], b[0])
+
+
+def test_prefill_with_segments_equals_stepping_with_resets(deep):
+    x = inputs(2, 8)
+    starts = np.zeros((2, 8), bool)
+    starts[0, [0, 3]] = starts[1, [0, 5, 7]] = True
+    segments = first_of_segment(jnp.asarray(starts))
+    whole, prefilled = step(deep, x, ring.empty(DEEP, 2, N), segments)
+    cache, parts = ring.empty(DEEP, 2, N), []
+    for t in range(8):
+        y, cache = step(deep, x[:, t : t + 1], ring.reset(cache, jnp.asarray(starts[:, t])))
+        parts.append(y)
+    # Absolute positions differ after a reset: angles round differently.
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(whole, forward(deep, x, segments), rtol=2e-5, atol=2e-5)
+    more = inputs(2, 1, 9)
+    np.testing.assert_allclose(step(deep, more, cache)[0], step(deep, more, prefilled)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_segments_with_a_history(deep):
+    """The ring belongs to the episode of the first new frame."""
+    x = inputs(1, 8)
+    _, cache = step(deep, x[:, :3], ring.empty(DEEP, 1, N))
+    segments = jnp.asarray([[0, 0, 0, 0, 0, 1, 1, 1]])
+    y, _ = step(deep, x[:, 3:], cache, segments[:, 3:])
+    np.testing.assert_allclose(y, forward(deep, x, segments)[:, 3:], rtol=2e-5, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scan and rematerialisation
+
+
+def value_and_gradients(net, x):
+    return jax.jit(jax.value_and_grad(lambda net, x: jnp.mean(jnp.sin(run(net, x)[0])), (0, 1)))(net, x)
+
+
+@pytest.fixture(scope="module")
+def plain(deep):
+    return value_and_gradients(deep, inputs())
+
+
+@pytest.mark.parametrize("scan,remat", [(False, "none"), (True, "full"), (True, "dots"), (False, "full")])
+def test_scan_and_remat_change_no_value_and_no_gradient(deep, plain, scan, remat):
+    net = with_config(deep, scan=scan, remat=remat)
+    other = value_and_gradients(net, inputs())
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_are_stacked_and_named():
+    net = Transformer(jax.random.key(0), DEEP)
+    assert net.periods.time.attention.q.shape == (2, 32, 4, 8)
+    assert len(net.periods.space) == 3
+    q = net.periods.time.attention.q[...]
+    assert not np.array_equal(q[0], q[1])  # each layer is drawn with its own key
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(net))
