@@ -59,11 +59,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress output")
 
 
+def _directory(config: Config, args: argparse.Namespace) -> Path:
+    return Path(args.run or f"runs/{config.name}-seed{config.seed}")
+
+
 def _open(config: Config, args: argparse.Namespace) -> "Run":
     from dreamer4_jax.runner import Run
 
-    directory = args.run or f"runs/{config.name}-seed{config.seed}"
-    return Run(config, directory, resume=args.resume, progress=not args.quiet, data_dir=args.data)
+    return Run(config, _directory(config, args), resume=args.resume, progress=not args.quiet, data_dir=args.data)
 
 
 def _reopen(directory: str) -> "Run":
@@ -99,7 +102,11 @@ def _cmd_collect(args: argparse.Namespace) -> None:
 
 def _cmd_train(args: argparse.Namespace) -> None:
     """one phase; the phases before it must be finished in the same run directory"""
-    _open(resolve(args.experiment, args.size, args.seed, args.overrides), args).train(args.phase)
+    from dreamer4_jax.runner import require_models
+
+    config = resolve(args.experiment, args.size, args.seed, args.overrides)
+    require_models(_directory(config, args), args.phase)  # before the run directory is made
+    _open(config, args).train(args.phase)
 
 
 def _cmd_evaluate(args: argparse.Namespace) -> None:
@@ -183,7 +190,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    # argparse takes the overrides only where the first of them stands; those after an option are left over.
+    if rest and not (hasattr(args, "overrides") and all("=" in item for item in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     try:
         args.function(args)
     except UserError as error:

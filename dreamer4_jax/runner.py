@@ -38,6 +38,7 @@ from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.tokenizer import Tokenizer
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+NEEDS = {"dynamics": PHASES[:1], "diffusion": PHASES[:1], "agent": PHASES[:2], "imagination": ("tokenizer", "agent")}
 
 
 class Run:
@@ -59,15 +60,35 @@ class Run:
         data_dir: str | Path | None = None,
     ):
         self.config = config
-        self.dir = open_run(run_dir, config, resume)
-        self.resume, self.progress = resume, progress
-        self.raw_dir = Path(data_dir) if data_dir else self.dir / "data" / "frames"
-        self.console = Console(stderr=True)
         self._models: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}
+        if data_dir:  # checked before the run directory is made
+            self._datasets["frames"] = open_dataset(data_dir, config)
+        self.dir = open_run(run_dir, config, resume)
+        self.resume, self.progress = resume, progress
+        self.raw_dir = self._recording(data_dir)
+        self.console = Console(stderr=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
+
+    def _recording(self, data_dir: str | Path | None) -> Path:
+        """The recorded dataset of this run; one that was given from outside is noted, to be found again later."""
+        own, note = self.dir / "data" / "frames", self.dir / "data.json"
+        given = Path(data_dir).absolute() if data_dir else None
+        if note.exists():
+            noted = Path(json.loads(note.read_text())["directory"])
+            if given is not None and given != noted:
+                raise UserError(
+                    f"--data {data_dir}: the run {self.dir} was made with {noted}; use that, or another run"
+                )
+            return noted
+        if given is None:
+            return own
+        if own.exists():
+            raise UserError(f"--data {data_dir}: the run {self.dir} has its own recording, {own}; choose another run")
+        write_atomic(note, json.dumps({"directory": str(given)}))
+        return given
 
     def collect(self) -> Dataset:
         """Records episodes with the scripted policies of the config, unless a dataset was given."""
@@ -81,8 +102,8 @@ class Run:
     def tokens(self) -> Dataset:
         """Encodes every frame once with the trained tokenizer."""
         if "latents" not in self._datasets:
-            self.collect()
             tokenizer = self.model("tokenizer")
+            self.collect()
             identity = checksum(tokenizer)
             encode = jax.jit(lambda m, x, first: m.encode(x, segments=first_of_segment(first)))
             out = self.dir / "data" / "tokens"
@@ -99,6 +120,7 @@ class Run:
     def train(self, name: str) -> Any:
         """Trains one phase (or finds it finished) and returns its EMA model."""
         if name not in self._models:
+            require_models(self.dir, name)
             phase = self._phase(name)
             finished = model_path(self.dir, name).is_dir()
             result = run_phase(
@@ -129,9 +151,7 @@ class Run:
     def model(self, name: str) -> Any:
         """The EMA model of a finished phase."""
         if name not in self._models:
-            path = model_path(self.dir, name)
-            if not path.is_dir():
-                raise CheckpointError(f"{path}: phase {name!r} is not finished in this run; train it first")
+            path = _finished(self.dir, name)
             self._models[name] = load_model(path, jax.eval_shape(self._abstract[name], jax.random.key(0)))[0]
         return self._models[name]
 
@@ -155,7 +175,8 @@ class Run:
 
     def held_out(self) -> HeldOut:
         """Held-out clips: frames, actions and their tokens, each inside one episode."""
-        return HeldOut.sample(self.config, self.collect(), self.tokens(), seed=self.config.seed)
+        tokens = self.tokens()
+        return HeldOut.sample(self.config, self.collect(), tokens, seed=self.config.seed)
 
     def evaluate_world_model(self) -> dict[str, Any]:
         """Reconstruction, imagined clips at the true and at shuffled actions, accuracy against step count."""
@@ -339,6 +360,20 @@ class _Stage:
         costs = json.loads(self._path.read_text()) if self._path.exists() else {}
         costs[self._name] = costs.get(self._name, 0.0) + time.perf_counter() - self._began
         write_atomic(self._path, json.dumps(costs))
+
+
+def _finished(run_dir: Path, name: str) -> Path:
+    """Where the model of a finished phase lies."""
+    path = model_path(run_dir, name)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: phase {name!r} is not finished in this run; train it first")
+    return path
+
+
+def require_models(run_dir: Path, phase: str) -> None:
+    """Raises `CheckpointError` if a phase that `phase` builds on is not finished in the run directory."""
+    for name in NEEDS.get(phase, ()):
+        _finished(run_dir, name)
 
 
 def checksum(model: Any) -> str:

@@ -1,6 +1,7 @@
 """Models of a few thousand parameters, and what tests of them share."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -74,16 +75,26 @@ def latents(batch: int, frames: int, seed: int = 0, tokens: int = 4, channels: i
     return jnp.asarray(x, jnp.float32)
 
 
-def dependencies(f: Callable[[Array], Array], x: Array) -> np.ndarray:
-    """Which outputs depend on which inputs: bool [outputs, inputs], by gradients that are or are not exactly zero.
+@cache
+def _pullback(f: Callable[..., Array]) -> Callable[..., Array]:
+    # One output at a time: vmapped over all of them it compiles for much longer.
+    return jax.jit(lambda weight, x, *rest: jax.vjp(lambda x: f(x, *rest), x)[1](weight)[0])
 
-    The last axis of input and output is summed over: an output is a random projection of its channels.
+
+def dependencies(f: Callable[..., Array], x: Array, *rest: Any) -> np.ndarray:
+    """Which outputs of f(x, *rest) depend on which inputs: gradients that are or are not exactly zero.
+
+    x [..., D] and the output [..., E]: bool [outputs, inputs], both counted over the leading axes. An output is a
+    random projection of its channels. The same function `f` compiles once.
     """
-    shape = jax.eval_shape(f, x).shape
-    mix = jnp.asarray(np.random.default_rng(0).standard_normal(shape[-1]), jnp.float32)
-    jacobian = jax.jit(jax.jacrev(lambda x: f(x) @ mix))(x)
-    hit = np.asarray(jacobian != 0).any(-1)
-    return hit.reshape(int(np.prod(shape[:-1])), -1)
+    shape = jax.eval_shape(f, x, *rest).shape
+    mix = np.random.default_rng(0).standard_normal(shape[-1]).astype(np.float32)
+    rows = []
+    for index in np.ndindex(*shape[:-1]):
+        weight = np.zeros(shape, np.float32)
+        weight[index] = mix
+        rows.append((np.asarray(_pullback(f)(weight, x, *rest)) != 0).any(-1).reshape(-1))
+    return np.stack(rows)
 
 
 def nonzero(tree: Any) -> bool:

@@ -18,7 +18,8 @@ N = 3
 PLACES = np.array([[0, 0], [0, 1], [1, 0.5]], np.float32)
 TYPES = Mask(types=(0, 0, 1), rules=((True, False), (True, True)))
 CFG = transformer_config()
-DEEP = transformer_config(layers=8)
+DEEP = transformer_config(time_every=2)  # two periods of space and time: half the compilation of eight layers
+
 run = partial(Transformer.__call__, coordinates=PLACES, space_mask=TYPES)
 
 
@@ -95,7 +96,7 @@ def reference_forward(net, x, segments):
 
 @pytest.mark.parametrize("local_init", [0.0, 1.5])
 def test_against_the_reference(local_init):
-    net, x = model(replace(DEEP, local_init=local_init)), inputs()
+    net, x = model(transformer_config(layers=8, local_init=local_init)), inputs()
     segments = np.array([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
     expected = reference_forward(net, x, segments)
     np.testing.assert_allclose(forward(net, x, jnp.asarray(segments)), expected, rtol=2e-4, atol=2e-4)
@@ -111,63 +112,55 @@ def test_bfloat16_follows_float32(deep):
 # ---------------------------------------------------------------------------------------------------------------------
 # Who sees whom: gradients that are exactly zero, and those that are not
 
-T = 5
-FRAME, TOKEN = (a.reshape(-1) for a in np.meshgrid(np.arange(T), np.arange(N), indexing="ij"))
+T = 7
+ONE = np.zeros((1, T), np.int32)
+THEN, NOW = np.meshgrid(np.arange(T), np.arange(T))
+WINDOW = (THEN <= NOW) & (THEN > NOW - 3)
+REACH = (THEN <= NOW) & (THEN >= NOW - 2 * 2)  # two time layers, each two frames back
+RULES = np.array([[True, True, False], [True, True, False], [True, True, True]])
+
+
+def seen(net, segments=ONE):
+    """bool [T, N, T, N]: which outputs depend on which inputs."""
+    return dependencies(output, inputs(1, T), net, segments).reshape(T, N, T, N)
+
+
+def output(x, net, segments):
+    return run(net, x, segments=segments)[0]
 
 
 def expected(frames, tokens):
-    """[T N, T N] from who may see whom among frames [T, T] and tokens [N, N]."""
-    return np.asarray(frames)[FRAME[:, None], FRAME] & np.asarray(tokens)[TOKEN[:, None], TOKEN]
-
-
-def seen(net, segments=None, frames=T):
-    seg = None if segments is None else jnp.asarray(segments)[None]
-    return dependencies(lambda x: run(net, x[None], segments=seg)[0][0], inputs(1, frames)[0])
-
-
-SAME = np.eye(T, dtype=bool)
-CAUSAL = np.tril(np.ones((T, T), bool))
-RULES = np.array([[True, True, False], [True, True, False], [True, True, True]])
+    """From who may see whom among frames [T, T] and tokens [N, N]."""
+    return frames[:, None, :, None] & tokens[None, :, None, :]
 
 
 def test_a_space_layer_sees_its_own_frame_by_the_rules():
     net = model(transformer_config(layers=1, time_every=0))
-    assert np.array_equal(seen(net), expected(SAME, RULES))
+    assert np.array_equal(seen(net), expected(np.eye(T, dtype=bool), RULES))
 
 
-@pytest.mark.parametrize("segments", [None, [0, 0, 1, 1, 1]])
-def test_a_time_layer_sees_its_own_token_in_the_window(segments):
+def test_a_time_layer_sees_its_own_token_in_the_window_and_the_segment():
     net = model(transformer_config(layers=1, time_every=1))
-    window = CAUSAL & ~np.tril(np.ones((T, T), bool), -3)
-    if segments is not None:
-        window &= np.equal.outer(segments, segments)
-    assert np.array_equal(seen(net, segments), expected(window, np.eye(N, dtype=bool)))
+    assert np.array_equal(seen(net), expected(WINDOW, np.eye(N, dtype=bool)))
+    segments = np.array([[4, 4, 5, 5, 5, 7, 7]])
+    same = segments.T == segments
+    assert np.array_equal(seen(net, segments), expected(WINDOW & same, np.eye(N, dtype=bool)))
 
 
-def test_one_period_is_causal_and_windowed():
-    window = CAUSAL & ~np.tril(np.ones((T, T), bool), -3)
-    assert np.array_equal(seen(model(CFG)), expected(window, RULES))
-
-
-def test_two_periods_reach_two_windows_back(deep):
-    frames = 7
-    got = seen(deep, frames=frames).reshape(frames, N, frames, N)
-    now, then = np.arange(frames)[:, None], np.arange(frames)[None]
-    reach = (then <= now) & (then >= now - 2 * (DEEP.window - 1))
-    assert np.array_equal(got, reach[:, None, :, None] & RULES[None, :, None, :])
-    assert not reach.all()
+def test_the_stack_is_causal_and_reaches_two_windows_back(deep):
+    assert not REACH[-1].all()
+    assert np.array_equal(seen(deep), expected(REACH, RULES))
 
 
 def test_nothing_crosses_the_border_of_a_segment(deep):
-    segments = np.array([4, 4, 5, 5, 7])
-    same = np.equal.outer(segments, segments)
-    assert np.array_equal(seen(deep, segments), expected(CAUSAL & same, RULES))
+    segments = np.array([[4, 4, 5, 5, 5, 7, 7]])
+    assert np.array_equal(seen(deep, segments), expected(REACH & (segments.T == segments), RULES))
 
 
 def test_a_segment_per_frame_makes_separate_images(deep):
-    assert np.array_equal(seen(deep, np.arange(T)), expected(SAME, RULES))
-    image = forward(deep, inputs(1, T)[:, 3:4])
-    video = forward(deep, inputs(1, T), jnp.arange(T)[None])
+    each = np.arange(T)[None]
+    assert np.array_equal(seen(deep, each), expected(np.eye(T, dtype=bool), RULES))
+    video, image = forward(deep, inputs(1, T), each), forward(deep, inputs(1, T)[:, 3:4])
     np.testing.assert_allclose(video[:, 3:4], image, rtol=1e-4, atol=1e-4)  # positions differ: rounding of angles
 
 
@@ -312,22 +305,23 @@ def value_and_gradients(net, x):
 
 
 @pytest.fixture(scope="module")
-def plain(deep):
-    return value_and_gradients(deep, inputs())
+def plain():
+    net = model(transformer_config(layers=2, time_every=1))
+    return net, value_and_gradients(net, inputs())
 
 
-@pytest.mark.parametrize("scan,remat", [(False, "none"), (True, "full"), (True, "dots"), (False, "full")])
-def test_scan_and_remat_change_no_value_and_no_gradient(deep, plain, scan, remat):
-    net = with_config(deep, scan=scan, remat=remat)
-    other = value_and_gradients(net, inputs())
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+@pytest.mark.parametrize("scan,remat", [(False, "none"), (True, "full"), (True, "dots")])
+def test_scan_and_remat_change_no_value_and_no_gradient(plain, scan, remat):
+    net, expected = plain
+    other = value_and_gradients(with_config(net, scan=scan, remat=remat), inputs())
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_parameters_are_stacked_and_named():
+def test_parameters_are_stacked_and_drawn_with_a_key_each():
     net = Transformer(jax.random.key(0), DEEP)
-    assert net.periods.time.attention.q.shape == (2, 32, 4, 8)
-    assert len(net.periods.space) == 3
     q = net.periods.time.attention.q[...]
-    assert not np.array_equal(q[0], q[1])  # each layer is drawn with its own key
+    assert q.shape == (2, 32, 4, 8) and not np.array_equal(q[0], q[1])
+    assert len(net.periods.space) == 1
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(net))
+    assert bool(jnp.isfinite(forward(net, inputs())).all())

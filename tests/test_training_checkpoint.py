@@ -138,30 +138,34 @@ def test_model_alone(tmp_path):
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint_usable(tmp_path):
-    """32 MB of parameters and three times that beside them, saved every step; killed inside the second save."""
+    """Some 40 MB are saved every second step; the process is killed inside a save that is not its first."""
     steps = tmp_path / "run" / "checkpoints" / "dynamics" / "steps"
-    command = [sys.executable, "-m", "tests.training_phases", str(tmp_path / "run"), "--width", "2000"]
-    child = subprocess.Popen([*command, "--steps", "50", "--save-every", "2"], cwd=ROOT)
+    command = [sys.executable, "-m", "tests.training_phases", str(tmp_path / "run"), "--width", "1000"]
+    child = subprocess.Popen([*command, "--steps", "200", "--save-every", "2", "--sleep", "0"], cwd=ROOT)
     try:
         deadline = time.monotonic() + 120
-        while not (steps / "2").is_dir() or not list(steps.glob("4.*tmp*")):
+        # Stopped first: then there is all the time to see whether it was inside a save.
+        while True:
             assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
+            child.send_signal(signal.SIGSTOP)
+            complete = [int(p.name) for p in steps.glob("*") if p.name.isdigit()]
+            if complete and list(steps.glob("*tmp*")):
+                break
+            child.send_signal(signal.SIGCONT)
+            time.sleep(0.005)
     finally:
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         child.wait()
-    assert list(steps.glob("*tmp*")), "killed too late to test anything"
     with Checkpointer(steps) as checkpoints:
         step = checkpoints.latest_step()
-        assert step == 2
-        meta = checkpoints.meta(step)
-        arrays = {n: jax.ShapeDtypeStruct(*_parse(d)) for n, d in meta["arrays"].items()}
+        assert step == max(complete)
+        arrays = {n: jax.ShapeDtypeStruct(*_parse(d)) for n, d in checkpoints.meta(step)["arrays"].items()}
         flat, _ = checkpoints.restore(arrays)
-        assert int(flat["step"]) == 2 and all(np.all(np.isfinite(x)) for x in flat.values())
-        assert not list(steps.glob("*tmp*")), "what the killed save left is cleaned up"
-        checkpoints.save(4, flat, {})
+        assert int(flat["step"]) == step and all(np.all(np.isfinite(x)) for x in flat.values())
+        checkpoints.save(step + 2, flat, {})
         checkpoints.wait()
-        assert checkpoints.latest_step() == 4
+        assert checkpoints.latest_step() == step + 2
+        assert not list(steps.glob("*tmp*")), "what the killed save left is cleaned up"
 
 
 def _parse(description):

@@ -116,7 +116,7 @@ def test_sigterm_in_another_process_saves_and_resumes_exactly(tmp_path):
     ]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < 5:
+    while not log.exists() or log.read_text().count("\n") < 3:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
@@ -124,11 +124,10 @@ def test_sigterm_in_another_process_saves_and_resumes_exactly(tmp_path):
     assert child.returncode == Interrupted.exit_code == 42
     with Checkpointer(steps_path(tmp_path / "killed", "dynamics"), read_only=True) as checkpoints:
         step = checkpoints.latest_step()
-    assert step is not None and 5 <= step < 24
+    assert step is not None and 3 <= step < 8
     assert f"interrupted after step {step}" in out and "--resume" in out
-    cfg = replace(TINY, steps=24, save_every=1000)
-    resumed = train(Regression(cfg), tmp_path / "killed", resume=True)
-    whole = train(Regression(cfg), tmp_path / "whole")
+    resumed = train(Regression(), tmp_path / "killed", resume=True)
+    whole = train(Regression(), tmp_path / "whole")
     equal(resumed.state, whole.state)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
@@ -140,6 +139,8 @@ class Signalling(Regression):
         for step, batch in enumerate(super().batches(start), start):
             if step == 3:
                 signal.raise_signal(signal.SIGINT)
+                # A second signal of either kind is the system's: it ends the process at once.
+                assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
             yield batch
 
 
@@ -245,15 +246,15 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
 
 
 def test_log_events_and_ledger(tmp_path):
-    cfg = replace(TINY, steps=10, log_every=4)
+    cfg = replace(TINY, log_every=4)
     train(Regression(cfg), tmp_path, stop_after=6)
     result = train(Regression(cfg, name="dynamics"), tmp_path, resume=True)
     train(Regression(cfg, name="agent"), tmp_path)
     log = read_metrics(tmp_path)
-    assert [(e["phase"], e["step"]) for e in log] == [(p, s) for p in ("dynamics", "agent") for s in (1, 4, 8, 10, 10)]
+    assert [(e["phase"], e["step"]) for e in log] == [(p, s) for p in ("dynamics", "agent") for s in (1, 4, 8, 8)]
     assert log[0]["time/steps_per_s"] > 0 and log[1]["time/frames_per_s"] > log[1]["time/steps_per_s"]
-    assert log[4] == {"phase": "dynamics", "step": 10, "eval/score": pytest.approx(result.evaluation["score"])}
-    assert log[0]["loss/fit"] != log[5]["loss/fit"], "phases draw their own keys"
+    assert log[3] == {"phase": "dynamics", "step": 8, "eval/score": pytest.approx(result.evaluation["score"])}
+    assert log[0]["loss/fit"] != log[4]["loss/fit"], "phases draw their own keys"
     assert list((tmp_path / "tb" / "agent").glob("events.*"))
     ledger = read_ledger(tmp_path)
     assert set(ledger["dynamics"]) == {"setup", "compile", "data", "train", "save", "evaluate"}

@@ -1,5 +1,6 @@
 """The jitted step: what it changes, what it refuses, how often it compiles, and that its state is donated."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -13,10 +14,16 @@ from dreamer4_jax.training.state import ema_decay
 from tests.training_phases import TINY, Regression
 
 
-def prepare(phase, key=0):
+@functools.cache
+def compiled(config):
+    """The step of all phases of one config, which compile but once."""
+    return make_train_step(Regression(config), make_optimizer(config))
+
+
+def prepare(phase):
     optimizer = make_optimizer(phase.config)
-    state = init_state(phase, optimizer, next(phase.batches(0)), jax.random.key(key))
-    return optimizer, state, make_train_step(phase, optimizer)
+    state = init_state(phase, optimizer, next(phase.batches(0)), jax.random.key(0))
+    return optimizer, state, compiled(phase.config)
 
 
 def equal(a, b):
@@ -84,10 +91,11 @@ def test_a_step_that_is_not_finite_changes_nothing(poison):
 
 def test_a_step_compiles_once_for_each_of_the_two_lengths():
     phase = Regression()
-    _, state, step = prepare(phase)
-    batches, key = phase.batches(0), jax.random.key(1)
+    optimizer, state, _ = prepare(phase)
+    step = make_train_step(phase, optimizer)
+    batches, key, frozen = phase.batches(0), jax.random.key(1), phase.frozen
     for done in range(1, 13):
-        state, _ = step(state, phase.frozen, jax.device_put(next(batches)), key)
+        state, _ = step(state, frozen, jax.device_put(next(batches)), key)
         assert step._cache_size() == (1 if done < 4 else 2)
 
 
@@ -117,11 +125,11 @@ def test_abstract_state_is_the_shape_of_the_real_one():
 def test_a_loss_that_returns_no_scalar_or_takes_a_name_of_the_loop_is_refused():
     phase = Regression()
     good = phase.loss
-    _, state, step = prepare(phase)
+    optimizer, state, _ = prepare(phase)
     batch = next(phase.batches(0))
     phase.loss = lambda *a: ({"fit": jnp.ones(3), "drift": jnp.ones(())}, {})
     with pytest.raises(ValueError, match=r"'fit' of the loss has shape \(3,\)"):
-        step(state, phase.frozen, batch, jax.random.key(1))
+        make_train_step(phase, optimizer)(state, phase.frozen, batch, jax.random.key(1))
     phase.loss = lambda *a: (good(*a)[0], {"lr": jnp.ones(())})
     with pytest.raises(ValueError, match=r"\['lr'\]"):
-        make_train_step(phase, make_optimizer(phase.config))(state, phase.frozen, batch, jax.random.key(1))
+        make_train_step(phase, optimizer)(state, phase.frozen, batch, jax.random.key(1))

@@ -105,9 +105,10 @@ class WorldModelPolicy:
             count = len(starting)
             actions = {}
             for part in dynamics.cfg.actions:
+                # The types that the policy's distributions draw, or the second decision would compile again.
+                dtype = {"binary": jnp.uint8, "continuous": jnp.float32}.get(part.kind, jnp.int32)
                 single = part.kind in ("categorical", "mouse")
-                shape, dtype = ((count,), jnp.int32) if single else ((count, part.size), jnp.float32)
-                actions[part.name] = jnp.zeros(shape, dtype)
+                actions[part.name] = jnp.zeros((count,) if single else (count, part.size), dtype)
             self._memory = _Memory(tokenizer.init_cache(count), dynamics.init_cache(count, agent=True), actions)
         before = np.zeros_like(starting) if self._starting is None else self._starting
         self._starting = before | np.asarray(starting, bool)

@@ -66,13 +66,9 @@ class Checkpointer:
 
     def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
         self.directory = Path(directory).absolute()
+        self._read_only = read_only
         self._options = ocp.CheckpointManagerOptions(
-            # For a reader orbax wants both of these off, and warns otherwise.
-            save_interval_steps=0 if read_only else 1,
-            max_to_keep=None if read_only else keep,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            max_to_keep=None if read_only else keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
         self._open: ocp.CheckpointManager | None = None
 
@@ -119,7 +115,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until every started save is complete; a failure of one of them is raised here."""
-        if self._open is None or self._options.read_only:
+        if self._open is None or self._read_only:
             return
         try:
             self._open.wait_until_finished()

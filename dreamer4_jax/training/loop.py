@@ -180,7 +180,9 @@ class _Run:
         """The restored state of step `at`, or a new one."""
         with self.ledger.time("setup"):
             if at is None:
-                return init_state(self.phase, self.optimizer, batch, self.init_key)
+                state = init_state(self.phase, self.optimizer, batch, self.init_key)
+                # Bound to a device as a restored state is, so that both run the same compiled step.
+                return jax.device_put(state, jax.local_devices()[0])
             abstract = abstract_state(self.phase, self.optimizer, batch)
             return self.checkpoints.restore(abstract, step=at, config=self.config)[0]
 

@@ -1,5 +1,6 @@
 """The four phases of Dreamer 4 for the one training loop: what each trains, its data and its loss."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,8 @@ class AgentPhase:
 
     def loss(self, model: Agent, ema: Agent, frozen: Any, batch: dict[str, Any], key: Array):
         teacher = ema.dynamics if self.full.dynamics.teacher == "ema" else model.dynamics
-        uniform = batch["latents"].shape[0] - round(batch["latents"].shape[0] * self.full.agent.relevant_fraction)
+        # Rounded down: where the share does not divide a long batch, the number of relevant rows varies by one.
+        uniform = max(1, math.floor(batch["latents"].shape[0] * (1 - self.full.agent.relevant_fraction) + 1e-6))
         loss, metrics, h = shortcut_forward(
             model.dynamics,
             teacher,

@@ -75,6 +75,7 @@ class ActionEncoder(nnx.Module):
         total = self.base[...]
         for part in self.components:
             value, table = actions.values[part.name], self.tables[part.name][...]
+            present = actions.present[part.name][..., None]
             match part.kind:
                 case "categorical" | "mouse":
                     # A one-hot product: its gradient is a matrix product too, where a gather's is a slow scatter.
@@ -83,8 +84,9 @@ class ActionEncoder(nnx.Module):
                     both = jnp.stack([1.0 - value, value * 1.0], axis=-1)
                     code = jnp.einsum("btac,acd->btd", both, table)
                 case "continuous":
-                    code = value.astype(jnp.float32) @ table
-            total = total + jnp.where(actions.present[part.name][..., None], code, 0.0)
+                    # Masked here already: a NaN in unlabelled data would pass through the gradient of the product.
+                    code = jnp.where(present, value.astype(jnp.float32), 0.0) @ table
+            total = total + jnp.where(present, code, 0.0)
         return total
 
 
