@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 # Tests run in this many processes. Two suit a laptop: compiling takes one core, running takes several.
 JOBS ?= 2
 
-# Options of the quickstart: SMOKE=1 (under 3 minutes), SEED=n, RUN=directory.
-RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN))
+# Options of the quickstart: SMOKE=1 (under 3 minutes), SEED=n, RUN=directory, RESUME=1 (go on with an earlier run).
+RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN)) \
+  $(if $(filter-out 0,$(RESUME)),--resume)
 
 .PHONY: help install test test-slow lint format typecheck quickstart quickstart-full bench constraints clean
 .DEFAULT_GOAL := help

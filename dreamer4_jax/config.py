@@ -38,7 +38,7 @@ class TransformerConfig:
     qk_norm: bool = True
     rope_base_time: float = 10_000.0
     rope_base_space: float = 10.0
-    local_init: float = 0.0  # >0: constant query/key bias that makes space attention local at initialisation
+    local_init: float = 0.0  # >0: constant query/key bias, so that attention starts local in space and in time
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True  # scan over periods (one period compiled once); False unrolls them
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -117,7 +117,8 @@ def learned(steps=2):
 
 @cache
 def compiled_imagine():
-    return jax.jit(lambda oracle, policy, context, key: imagine(oracle, policy, context, key, horizon=4))
+    run = lambda oracle, policy, context, key: imagine(oracle, policy, context, key, horizon=4)
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiles in a third of the time
 
 
 def test_a_learned_world_reads_rewards_from_the_frame_that_the_action_led_to():
@@ -131,7 +132,8 @@ def test_a_learned_world_reads_rewards_from_the_frame_that_the_action_led_to():
     # h[0] is the read-out of the last context frame.
     wide = jnp.broadcast_to(task[:, None], (*z.shape[:2], 2))
     cache = oracle.dynamics.init_cache(3, agent=True)
-    _, h = observe(oracle.dynamics, cache, z, actions, jax.random.split(key)[0], task=wide)
+    seen = jax.jit(lambda m, c, k: observe(m, c, z, actions, k, task=wide)[1])
+    h = seen(oracle.dynamics, cache, jax.random.split(key)[0])
     np.testing.assert_allclose(rollout.h[0], h[:, -1], atol=1e-4)
 
 
@@ -141,23 +143,6 @@ def test_the_key_decides_the_rollout():
     for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(runs[1]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (np.asarray(runs[0].z) != np.asarray(runs[2].z)).all()
-
-
-def test_no_gradient_flows_back_through_a_rollout():
-    """Phase 3 is policy search with sampled actions: the world model is not differentiated (paper 3.3)."""
-    cfg = small.config(**FIELDS)
-    phase = imagination_phase()
-    model = phase.init(jax.random.key(1))
-    batch = window(6)
-
-    def loss(frozen):
-        terms, _ = phase.loss(model, None, frozen, batch, jax.random.key(2))
-        return terms["policy"] + terms["value"]
-
-    grads = jax.jit(jax.grad(loss))(phase.frozen)
-    for name in ("dynamics", "reward", "cont"):
-        assert not small.nonzero(grads[name])
-    assert cfg.agent.beta > 0 and model.policy is phase.agent.policy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +168,11 @@ def trajectory(cont, seed=0, width=8):
     )
 
 
+@cache
+def compiled_losses(cfg):
+    return jax.jit(lambda policy, value, prior, r, alive: imagination_losses(policy, value, prior, r, cfg, alive=alive))
+
+
 def by_hand(rollout, cfg, policy, value, prior, counted):
     """(logp, kl, advantage, value loss) of the states in `counted`, a list of (t, b); returns by the reference."""
     values = np.asarray(value.mean(rollout.h), np.float64)
@@ -194,9 +184,7 @@ def by_hand(rollout, cfg, policy, value, prior, counted):
         ],
         axis=1,
     )
-    p, q = (
-        np.asarray(jax.nn.log_softmax(x.next(rollout.h).parts["move"].logits), np.float64) for x in (policy, prior)
-    )
+    p, q = (np.asarray(jax.nn.log_softmax(x.next(rollout.h).parts["move"].logits), np.float64) for x in (policy, prior))
     lp = np.asarray(jax.nn.log_softmax(value.logits(rollout.h)), np.float64)
     bins = reference.symexp_bins(cfg.bins)
     rows = []
@@ -213,7 +201,7 @@ def test_losses_of_hand_made_trajectories_with_terminations():
     cont[1, 1] = cont[0, 2] = 0
     rollout, (cfg, policy, value, prior) = trajectory(cont), heads()
     alive = jnp.asarray([1.0, 1, 1, 0])
-    losses, metrics = imagination_losses(policy, value, prior, rollout, cfg, alive=alive)
+    losses, metrics = compiled_losses(cfg)(policy, value, prior, rollout, alive)
     # The state from which the last step was taken counts; those after it don't.
     counted = [(t, 0) for t in range(4)] + [(0, 1), (1, 1), (0, 2)]
     rows, returns = by_hand(rollout, cfg, policy, value, prior, counted)
@@ -227,7 +215,7 @@ def test_losses_of_hand_made_trajectories_with_terminations():
     np.testing.assert_allclose(metrics["alive_at_end"], 1 / 4)
     # Nothing of the states that don't count is read.
     poisoned = replace(rollout, h=rollout.h.at[:, 3].set(7.0).at[2:4, 1].set(5.0).at[1:4, 2].set(-3.0))
-    again, _ = imagination_losses(policy, value, prior, poisoned, cfg, alive=alive)
+    again, _ = compiled_losses(cfg)(policy, value, prior, poisoned, alive)
     for name in losses:
         np.testing.assert_allclose(losses[name], again[name], rtol=1e-4)
 
@@ -235,7 +223,7 @@ def test_losses_of_hand_made_trajectories_with_terminations():
 def test_states_after_a_probable_end_count_the_product_of_the_continues():
     cont = np.asarray([[0.5, 1.0], [0.8, 0.25], [0.1, 1.0]])
     rollout, (cfg, policy, value, prior) = trajectory(cont, seed=3), heads()
-    losses, metrics = imagination_losses(policy, value, prior, rollout, cfg, alive=jnp.ones(2))
+    losses, metrics = compiled_losses(cfg)(policy, value, prior, rollout, jnp.ones(2))
     every = [(t, b) for t in range(3) for b in range(2)]
     rows, _ = by_hand(rollout, cfg, policy, value, prior, every)
     logp, kl, advantage, nll = rows.T
@@ -258,7 +246,7 @@ def test_a_batch_without_a_living_context_adds_nothing():
         losses, metrics = imagination_losses(*models, prior, rollout, cfg, alive=jnp.zeros(2))
         return losses["policy"] + losses["value"], metrics
 
-    (loss, metrics), grads = jax.value_and_grad(total, has_aux=True)((policy, value))
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(total, has_aux=True))((policy, value))
     assert float(loss) == 0 and not small.nonzero(grads)
     assert all(np.isfinite(m) for m in metrics.values())
 
@@ -276,7 +264,7 @@ def test_each_loss_trains_its_own_head_and_nothing_else():
         def of(p, v, r, name=name):
             return term(name, p, v, replace(r, actions=rollout.actions))
 
-        reached[name] = [small.nonzero(g) for g in jax.grad(of, argnums=(0, 1, 2))(policy, value, floats)]
+        reached[name] = [small.nonzero(g) for g in jax.jit(jax.grad(of, argnums=(0, 1, 2)))(policy, value, floats)]
     assert reached == {"policy": [True, False, False], "value": [False, True, False]}
 
 
@@ -343,7 +331,12 @@ def test_a_window_without_room_for_a_context_counts_nothing():
 @cache
 def imagination_phase(beta=0.3):
     cfg = small.config(
-        **FIELDS, **{"agent.beta": beta, "agent.sample_steps": 2, "train.imagination.lr": 0.01, "data.chunk": 16}
+        **FIELDS,
+        **{
+            "agent.beta": beta,
+            "agent.sample_steps": 2,
+            "train.imagination.lr": 0.01,
+        },
     )
     return ImaginationPhase(cfg, None, agent())  # type: ignore[arg-type]  # no dataset: batches are made here
 

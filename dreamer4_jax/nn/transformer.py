@@ -21,7 +21,7 @@ from dreamer4_jax.nn.cache import Cache
 class Attention(nnx.Module):
     """Projections, QK-norm and rotation around `attention`."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig, *, local: bool):
+    def __init__(self, key: Array, cfg: TransformerConfig):
         q, k, v, o = jax.random.split(key, 4)
         d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
         self.q = layers.fan_in(q, (d, h, dim), ("embed", "heads", "head_dim"))
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         self.v = layers.fan_in(v, (d, g, dim), ("embed", "kv_heads", "head_dim"))
         scale = (2 * cfg.layers) ** -0.5
         self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
-        local = local and cfg.local_init > 0
+        local = cfg.local_init > 0
         # Equal constants on both sides: after rotation their product peaks where positions agree. Content starts small
         # beside them.
         scale = jnp.full((dim,), 0.25 if local else 1.0, jnp.float32)
@@ -63,10 +63,10 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm residual layer: attention over space or time, then SwiGLU."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig, *, time: bool):
+    def __init__(self, key: Array, cfg: TransformerConfig):
         attn, mlp = jax.random.split(key)
         self.norm1 = layers.RMSNorm(cfg.width)
-        self.attention = Attention(attn, cfg, local=not time)
+        self.attention = Attention(attn, cfg)
         self.norm2 = layers.RMSNorm(cfg.width)
         self.mlp = layers.SwiGLU(mlp, cfg.width, cfg.ffn, out_scale=(2 * cfg.layers) ** -0.5)
 
@@ -102,8 +102,8 @@ class Period(nnx.Module):
     def __init__(self, key: Array, cfg: TransformerConfig):
         keys = jax.random.split(key, cfg.period)
         space = cfg.period - 1 if cfg.time_every else 1
-        self.space = nnx.List([Layer(k, cfg, time=False) for k in keys[:space]])
-        self.time = Layer(keys[-1], cfg, time=True) if cfg.time_every else None
+        self.space = nnx.List([Layer(k, cfg) for k in keys[:space]])
+        self.time = Layer(keys[-1], cfg) if cfg.time_every else None
 
 
 class Transformer(nnx.Module):

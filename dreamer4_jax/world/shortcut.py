@@ -108,6 +108,8 @@ def shortcut_forward(
     with jax.named_scope("student"):
         out = model(z, tau, d, actions, task=task, segments=segments)
     target = z1
+    # Online weights as teacher: stopped here, the program keeps none of the teacher's activations for a gradient.
+    teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
     if boot:
         z_b, tau_b, d_b, actions_b, segments_b, flow_b = jax.tree.map(
             lambda x: x[:boot], (z, tau, d, actions, segments, flow)
@@ -198,7 +200,7 @@ def denoise(
     size = 1.0 / jnp.asarray(steps, jnp.float32)
 
     def body(i, z):
-        tau = i.astype(jnp.float32) * size
+        tau = jnp.asarray(i, jnp.float32) * size
         out = dynamics(z, jnp.full((batch, 1), tau), jnp.full((batch, 1), size), actions, cache=cache)
         return euler_step(z, out.z1, tau, size)
 
