@@ -160,7 +160,9 @@ def reference_config() -> Config:
     )
 
 
-def bench_dynamics(gflops: float, *, batch: int = 4, frames: int = 8, context: int = 4, steps: int = 4) -> dict[str, Any]:
+def bench_dynamics(
+    gflops: float, *, batch: int = 4, frames: int = 8, context: int = 4, steps: int = 4
+) -> dict[str, Any]:
     """Rows of `result`: one training step (shortcut forcing, EMA teacher, AdamW) on `batch` x `frames`, and one
     generated frame at batch 1 behind `context` frames: `steps` denoising passes and the pass that writes the cache."""
     config = reference_config()

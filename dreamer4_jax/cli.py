@@ -23,7 +23,11 @@ def experiments() -> list[str]:
     """Names of the experiments that can be run: modules of experiments/ with a `config` function."""
     import experiments as package
 
-    return sorted(p.stem for p in Path(package.__path__[0]).glob("*.py") if p.stem != "__init__")
+    return sorted(
+        p.stem
+        for p in Path(package.__path__[0]).glob("*.py")
+        if p.stem != "__init__" and "def config(" in p.read_text()
+    )
 
 
 def resolve(name: str, size: str, seed: int, overrides: Sequence[str]) -> Config:

@@ -38,7 +38,9 @@ class TransformerConfig:
     qk_norm: bool = True
     rope_base_time: float = 10_000.0
     rope_base_space: float = 10.0
-    local_init: float = 0.0  # >0: constant query/key bias, so that attention starts local in space and in time
+    # Constant query/key biases make attention start local: among the places of a frame, and at recent frames. 0: off.
+    local_space: float = 0.0
+    local_time: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True  # scan over periods (one period compiled once); False unrolls them
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -239,7 +241,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must be at least 1",
     ),
     ("seed time_every registers mtp workers long_length warmup", lambda v: v >= 0, "must be at least 0"),
-    ("softcap local_init beta weight_decay", lambda v: 0 <= v < math.inf, "must be at least 0, and finite"),
+    ("softcap local_space local_time beta weight_decay", lambda v: 0 <= v < math.inf, "must be at least 0, and finite"),
     ("rope_base_time rope_base_space lr clip", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
     (
         "lam alpha relevant_fraction bot noisy_bot burst image_fraction decay",
@@ -501,7 +503,7 @@ def parse_overrides(items: list[str]) -> dict[str, str]:
 def _tiny() -> Config:
     """Laptop: BabyAI at 64 x 64, 16 spatial tokens."""
     tok = TransformerConfig(
-        layers=1, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, time_every=0, window=1, local_init=2.5
+        layers=1, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, time_every=0, window=1, local_space=2.5
     )
     return Config(name="tiny", tokenizer=TokenizerConfig(encoder=tok, decoder=tok))
 

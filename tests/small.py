@@ -24,7 +24,7 @@ def transformer_config(**fields: Any) -> TransformerConfig:
 def config(**overrides: Any) -> Config:
     """A world of 16 x 16 pixels: 4 patches, 4 tokens of 4 channels, 8 tokens per frame, agent token included."""
     transformer = dict(layers=4, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, window=3)
-    tokenizer = dict(transformer, local_init=2.0)
+    tokenizer = dict(transformer, local_space=2.0, local_time=1.0)
     return preset(
         "tiny",
         **{

@@ -1,7 +1,7 @@
 """The agent in a real environment, and the transition oracle that imagination and search stand on."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from dreamer4_jax.world.oracle import TransitionOracle
 from dreamer4_jax.world.shortcut import add_noise
 from tests import small
 
-FIELDS = {"agent.hidden": 16, "agent.bins": 15, "agent.mtp": 2}
+FIELDS = {"agent.hidden": 16, "agent.bins": 15, "agent.mtp": 2, "dynamics.transformer.window": 5}
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in less than half of the time
 STREAMS = 3
 
 
@@ -88,20 +89,20 @@ def test_a_reset_stream_acts_as_a_fresh_policy_would():
     plain = play(undisturbed, images, tasks, resets)
     np.testing.assert_array_equal(actions[:, [0, 2]], plain[:, [0, 2]])
     np.testing.assert_allclose(history(policy, 0)[1], history(undisturbed, 0)[1], atol=1e-5)
-    # They do remember: a fresh policy sees less, and holds other keys.
-    assert not np.allclose(history(policy, 0)[1], history(fresh, 0)[1], atol=1e-3)
+    # A window of frames is remembered, and after the reset only what came since.
+    assert sorted(history(policy, 0)[0]) == [2, 3, 4, 5, 6] and sorted(history(policy, 1)[0]) == [-1, -1, 0, 1, 2]
 
 
 def test_streaming_decisions_are_those_of_one_pass_over_the_video():
     """Peer mistake 11: block t holds the action that led to frame t, and the first block of an episode none."""
-    steps = 6
+    steps = 8  # past the window
     images, tasks = observations(steps, seed=3)
     resets = np.zeros((steps, STREAMS), bool)
     resets[0] = True
     resets[3, 2] = True
     actions = play(player(), images, tasks, resets)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def one_pass(tokenizer, agent, led, present):
         segments = first_of_segment(jnp.asarray(resets.T))
         z = tokenizer.encode(jnp.swapaxes(images, 0, 1), segments=segments)
@@ -177,7 +178,7 @@ def test_the_mission_reaches_the_decision():
         level = jnp.full((STREAMS, 1), 0.5), jnp.full((STREAMS, 1), 1 / 8)
         return a.policy.next(a.dynamics(z, *level, led, task=words[:, None]).h).parts["move"].logits
 
-    both = jax.jit(logits)
+    both = jax.jit(logits, compiler_options=QUICK)
     assert np.abs(both(jnp.asarray(tasks)) - both(jnp.asarray((tasks + 1) % 6))).max() > 1e-3
 
 
@@ -195,12 +196,12 @@ def jitted_reset():
     def reset(oracle, z, actions, key, segments):
         return oracle.reset(z, actions, jnp.ones((z.shape[0], 2), jnp.int32), key, segments=segments)
 
-    return jax.jit(reset)
+    return jax.jit(reset, compiler_options=QUICK)
 
 
 @cache
 def jitted_step():
-    return jax.jit(lambda oracle, state, action, key: oracle.step(state, action, key))
+    return jax.jit(lambda oracle, state, action, key: oracle.step(state, action, key), compiler_options=QUICK)
 
 
 def started(frames=4, batch=2):
@@ -239,11 +240,12 @@ def test_steps_of_many_keys_and_actions_under_vmap():
     """What a search does: from one state, several futures at once."""
     state, keys = started(), jax.random.split(jax.random.key(2), 3)
     actions = {"move": jnp.asarray([[0, 1], [1, 2], [2, 0]])}
-    many = jax.jit(jax.vmap(lambda o, s, a, k: o.step(s, a, k), in_axes=(None, None, 0, 0)))
+    step = jax.vmap(lambda o, s, a, k: o.step(s, a, k), in_axes=(None, None, 0, 0))
+    many = jax.jit(step, compiler_options=QUICK)
     after, seen = many(oracle(), state, actions, keys)
     for i in range(3):
         one = jitted_step()(oracle(), state, {"move": actions["move"][i]}, keys[i])
-        same(jax.tree.map(lambda x, i=i: x[i], (after, seen)), one, atol=2e-4)
+        same(jax.tree.map(lambda x, i=i: x[i], (after, seen)), one, atol=2e-4, rtol=1e-4)
     assert np.ptp(np.asarray(seen.z), axis=0).min() > 0
 
 

@@ -94,9 +94,9 @@ def reference_forward(net, x, segments):
     return reference.rms_norm(x, net.norm.scale[...])
 
 
-@pytest.mark.parametrize("local_init", [0.0, 1.5])
-def test_against_the_reference(local_init):
-    net, x = model(transformer_config(layers=8, local_init=local_init)), inputs()
+@pytest.mark.parametrize("local", [0.0, 1.5])
+def test_against_the_reference(local):
+    net, x = model(transformer_config(layers=8, local_space=local, local_time=local)), inputs()
     segments = np.array([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
     expected = reference_forward(net, x, segments)
     np.testing.assert_allclose(forward(net, x, jnp.asarray(segments)), expected, rtol=2e-4, atol=2e-4)

@@ -10,7 +10,7 @@ import pytest
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import Agent
-from dreamer4_jax.data.store import DatasetSpec, open_dataset
+from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.training import loop, open_run, read_metrics, run_phase, state
@@ -302,8 +302,3 @@ def test_phase_3_starts_from_the_cloned_policy(data):
     assert isinstance(model.policy, PolicyHead) and model.policy is phase.frozen["prior"]
     assert set(phase.frozen) == {"dynamics", "reward", "cont", "prior"}
     assert float(jnp.abs(model.value.mean(jnp.ones((2, 16)))).max()) == 0  # a new value head knows nothing
-
-
-def test_the_spec_of_the_tokens_is_that_of_the_config(data):
-    data[1].spec.check(config(), data[1].directory)
-    assert isinstance(data[1].spec, DatasetSpec) and data[1].spec.size == (4, 2)

@@ -141,7 +141,7 @@ def test_rows_mix_gives_each_row_one_branch():
     d = np.asarray(student.calls[0][2])
     assert (d[:4] > 1 / K_MAX).all() and (d[4:] == 1 / K_MAX).all()
     assert len(teacher.calls) == 2
-    (z, tau, big, _, _), (_, tau1, d1, acted, seg), (_, tau2, d2, _, _) = student.calls[0], *teacher.calls
+    (_, tau, big, _, _), (_, tau1, d1, acted, seg), (_, tau2, d2, _, _) = student.calls[0], *teacher.calls
     assert np.array_equal(d1, big[:4] / 2) and np.array_equal(d2, d1)
     assert np.array_equal(tau1, tau[:4]) and np.array_equal(tau2, tau[:4] + d1)
     assert np.array_equal(acted.values["move"], actions.values["move"][:4]) and np.array_equal(seg, segments[:4])

@@ -21,7 +21,7 @@ from dreamer4_jax.nn.cache import Cache
 class Attention(nnx.Module):
     """Projections, QK-norm and rotation around `attention`."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig):
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float):
         q, k, v, o = jax.random.split(key, 4)
         d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
         self.q = layers.fan_in(q, (d, h, dim), ("embed", "heads", "head_dim"))
@@ -29,11 +29,10 @@ class Attention(nnx.Module):
         self.v = layers.fan_in(v, (d, g, dim), ("embed", "kv_heads", "head_dim"))
         scale = (2 * cfg.layers) ** -0.5
         self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
-        local = cfg.local_init > 0
         # Equal constants on both sides: after rotation their product peaks where positions agree. Content starts small
-        # beside them.
-        scale = jnp.full((dim,), 0.25 if local else 1.0, jnp.float32)
-        bias = jnp.full((dim,), cfg.local_init, jnp.float32)
+        # beside a strong one.
+        scale = jnp.full((dim,), 1.0 / max(1.0, 1.6 * local), jnp.float32)
+        bias = jnp.full((dim,), local, jnp.float32)
         self.q_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
         self.k_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
         self.q_bias = nnx.Param(bias, axes=("head_dim",)) if local else None
@@ -63,10 +62,10 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm residual layer: attention over space or time, then SwiGLU."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig):
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float):
         attn, mlp = jax.random.split(key)
         self.norm1 = layers.RMSNorm(cfg.width)
-        self.attention = Attention(attn, cfg)
+        self.attention = Attention(attn, cfg, local)
         self.norm2 = layers.RMSNorm(cfg.width)
         self.mlp = layers.SwiGLU(mlp, cfg.width, cfg.ffn, out_scale=(2 * cfg.layers) ** -0.5)
 
@@ -102,8 +101,8 @@ class Period(nnx.Module):
     def __init__(self, key: Array, cfg: TransformerConfig):
         keys = jax.random.split(key, cfg.period)
         space = cfg.period - 1 if cfg.time_every else 1
-        self.space = nnx.List([Layer(k, cfg) for k in keys[:space]])
-        self.time = Layer(keys[-1], cfg) if cfg.time_every else None
+        self.space = nnx.List([Layer(k, cfg, cfg.local_space) for k in keys[:space]])
+        self.time = Layer(keys[-1], cfg, cfg.local_time) if cfg.time_every else None
 
 
 class Transformer(nnx.Module):

@@ -1,4 +1,4 @@
-"""A small dynamics learns a world from its latents: a dot that actions move around a ring of four tokens."""
+"""A small dynamics learns a world from its latents: each action paints one of four tokens."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.small import config
 
 CFG = config(
     **{
-        "dynamics.transformer.layers": 4,
+        "actions": [{"name": "move", "kind": "categorical", "size": 8}],
         "dynamics.transformer.time_every": 2,
         "dynamics.transformer.window": 8,
         "dynamics.k_max": 8,
@@ -22,15 +22,18 @@ CFG = config(
 BATCH, FRAMES, CONTEXT, STEPS = 32, 8, 2, 500
 
 
-def world(seed: int, batch: int = BATCH) -> tuple[np.ndarray, Actions, np.ndarray]:
-    """Clean tokens [B, T, 4, 4], the moves (0 left, 1 stay, 2 right) that led to each frame, and the dot's place."""
+def world(seed: int, batch: int = BATCH) -> tuple[np.ndarray, Actions]:
+    """Clean tokens [B, T, 4, 4] and the moves that led to each frame: move a paints token a % 4, bright if a >= 4."""
     rng = np.random.default_rng(seed)
-    move = rng.integers(0, 3, (batch, FRAMES)).astype(np.int32)
-    start = rng.integers(0, 4, (batch, 1))
-    place = (start + np.cumsum(np.where(np.arange(FRAMES) > 0, move - 1, 0), 1)) % 4
-    z = np.where(place[..., None] == np.arange(4), 0.8, -0.8)[..., None].repeat(4, -1)
+    move = rng.integers(0, 8, (batch, FRAMES)).astype(np.int32)
+    bright = np.empty((batch, FRAMES, 4), bool)
+    bright[:, 0] = rng.random((batch, 4)) < 0.5
+    for t in range(1, FRAMES):
+        painted = move[:, t, None] % 4 == np.arange(4)
+        bright[:, t] = np.where(painted, move[:, t, None] >= 4, bright[:, t - 1])
+    z = np.where(bright, 0.8, -0.8)[..., None].repeat(4, -1)
     present = np.broadcast_to(np.arange(FRAMES) > 0, move.shape)
-    return z.astype(np.float32), Actions({"move": move}, {"move": present}), place
+    return z.astype(np.float32), Actions({"move": move}, {"move": present})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+"""The quickstart on several run seeds: does imagination beat cloning in the real environment, and how often?
+
+    python -m experiments.quickstart_seeds --seeds 0 1 2 3 4                 # 5 x 15 minutes on 2 cores
+    python -m experiments.quickstart_seeds --seeds 0 --size smoke --out DIR   # shows that it runs, 3 minutes
+
+Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
+is there. Writes into --out (experiments/results/quickstart): seed<N>.json with the numbers of the run's report,
+seed<N>.webp with imagined clips, summary.json, and success.png with the success rates of all policies and seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer4_jax.evaluation import media
+from dreamer4_jax.evaluation.summary import CLONED, IMAGINED
+from dreamer4_jax.runner import Run
+from dreamer4_jax.training.metrics import write_atomic
+from experiments.quickstart import config
+
+SHOWN = ("random", "blind", "data", CLONED, "phase 2, greedy", IMAGINED, "phase 3, greedy")
+
+
+def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
+    """One run, finished or resumed; returns and writes its numbers."""
+    c = config(size, seed)
+    run = Run(c, runs / f"{c.name}-seed{seed}", resume=True)
+    data = run.all()
+    measured, results = run.evaluate_world_model(), [run.evaluate_policy(name) for name in run.policies()]
+    kept = {
+        "command": f"python -m experiments.quickstart_seeds --size {size} --seeds {seed}",
+        "seed": seed,
+        "machine": data["machine"],
+        "minutes": sum(run.costs().values()) / 60,
+        "seconds": run.costs(),
+        "targets": data["targets"],
+        "reconstruction": measured["reconstruction"],
+        "conditions": measured["conditions"],
+        "steps": measured["steps"],
+        "policies": [r.summary() for r in results],
+    }
+    write_atomic(out / f"seed{seed}.json", json.dumps(kept, indent=1) + "\n")
+    arrays = measured["arrays"]
+    panels = {name: list(arrays[f"clip_{name}"][:2]) for name in ("real", "imagined")}
+    stacked = {name: _stack(clips) for name, clips in panels.items()}
+    (out / f"seed{seed}.webp").write_bytes(media.video(stacked, scale=2))
+    return kept
+
+
+def _stack(clips: list[Any]) -> Any:
+    """Clips [T, H, W, 3] below each other."""
+    return np.concatenate(clips, axis=1)
+
+
+def summarize(kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seeds on which each target was met, and success of every policy on every seed."""
+    names = [t["name"] for t in kept[0]["targets"]]
+    met = {n: [bool(t["passed"]) for k in kept for t in k["targets"] if t["name"] == n] for n in names}
+    success = {name: [next(p["success"] for p in k["policies"] if p["policy"] == name) for k in kept] for name in SHOWN}
+    return {
+        "seeds": [k["seed"] for k in kept],
+        "minutes": [round(k["minutes"], 1) for k in kept],
+        "targets_met": {n: f"{sum(v)} of {len(v)}" for n, v in met.items()},
+        "success": success,
+    }
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Success with 95 % intervals: one group of points for each policy, one point for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    count = len(summary["seeds"])
+    for i, name in enumerate(SHOWN):
+        for j, interval in enumerate(summary["success"][name]):
+            x = i + (j - (count - 1) / 2) * 0.6 / max(count, 2)
+            mean, low, high = (100 * interval[k] for k in ("mean", "low", "high"))
+            colour = "#1f77b4" if name.startswith("phase 3") else "#888888" if i < 3 else "#d08000"
+            axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", ms=4, capsize=2, color=colour)
+    axes.set_xticks(range(len(SHOWN)), [n.replace(" (", "\n(").replace(", ", ",\n") for n in SHOWN])
+    axes.set_ylabel("success in the real environment (%)")
+    axes.set_ylim(0, 100)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"Quickstart, seeds {', '.join(map(str, summary['seeds']))}: 95 % bootstrap intervals over episodes")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--size", choices=("smoke", "quick", "full"), default="quick")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/quickstart"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = [run_seed(args.size, seed, args.runs, args.out) for seed in args.seeds]
+    summary = summarize(kept)
+    write_atomic(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw(summary, args.out / "success.png")
+    print(json.dumps(summary["targets_met"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
