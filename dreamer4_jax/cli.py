@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamer4_jax.config import PRESETS, Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+from dreamer4_jax.presets import PRESETS
 
 if TYPE_CHECKING:
     from dreamer4_jax.runner import Run

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer4_jax import config as configs
-from dreamer4_jax.config import PRESETS, Config, ConfigError, UserError, from_dict, override, preset, to_dict
+from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, preset, to_dict
+from dreamer4_jax.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 
