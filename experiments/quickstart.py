@@ -21,10 +21,34 @@ QUICK: dict[str, Any] = {
     "data.bot": 0.15,
     "data.noisy_bot": 0.55,
     "data.burst": 0.4,
+    # Few channels: noise then hides a tile's identity at most signal levels, so the model has to look it up in the past.
+    "tokenizer.channels": 4,
+    # Two time layers in four: what the first fetches from earlier frames can still move with the action.
+    "dynamics.transformer.time_every": 2,
+    "dynamics.transformer.local_time": 1.5,
+    "agent.horizon": 12,
+    "agent.sample_steps": 2,
     "train.tokenizer.steps": 1500,
     "train.tokenizer.batch": 8,
     "train.tokenizer.length": 1,
     "train.tokenizer.lr": 3e-3,
+    "train.dynamics.steps": 1100,
+    "train.dynamics.batch": 8,
+    "train.dynamics.lr": 3e-3,
+    "train.dynamics.optimizer": "muon",
+    "train.dynamics.ema": 0.99,
+    "train.dynamics.decay": 0.3,
+    "train.dynamics.image_fraction": 0.1,
+    "train.agent.steps": 450,
+    "train.agent.batch": 8,
+    "train.agent.lr": 1e-3,
+    "train.agent.ema": 0.99,
+    "train.imagination.steps": 220,
+    "train.imagination.batch": 32,
+    "train.imagination.lr": 1e-3,
+    "train.imagination.ema": 0.98,
+    "evaluate.episodes": 400,
+    "evaluate.clips": 64,
 }
 SMOKE: dict[str, Any] = {
     **QUICK,
@@ -43,7 +67,17 @@ SMOKE: dict[str, Any] = {
     "evaluate.envs": 16,
     "evaluate.clips": 8,
 }
-FULL: dict[str, Any] = {**QUICK, "name": "quickstart-full", "evaluate.diffusion_baseline": True}
+FULL: dict[str, Any] = {
+    **QUICK,
+    "name": "quickstart-full",
+    "data.frames": 200_000,
+    "train.tokenizer.steps": 3000,
+    "train.dynamics.steps": 4000,
+    "train.dynamics.long_length": 32,
+    "train.agent.steps": 1500,
+    "train.imagination.steps": 600,
+    "evaluate.diffusion_baseline": True,
+}
 
 
 def config(size: str = "quick", seed: int = 0) -> Config:

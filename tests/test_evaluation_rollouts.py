@@ -19,7 +19,7 @@ from dreamer4_jax.world import Dynamics, Tokenizer
 from tests import small
 from tests.toy_env import COMPONENT, frame_action, frame_step, toy_config, toy_episodes
 
-NET = dict(layers=4, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, window=4)
+NET = dict(layers=2, time_every=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, window=4)
 FLAT = dict(NET, layers=1, time_every=0)
 
 

@@ -1,7 +1,7 @@
 """The four phases: what each loss reaches, and that the one loop runs, stops and resumes them."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from dreamer4_jax.world.shortcut import shortcut_forward
 from tests import small
 from tests.toy_env import COMPONENT, frame_action, frame_step, toy_config, write_toy_dataset
 
-NET = dict(layers=4, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, window=4)
+NET = dict(layers=2, time_every=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, window=4)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FLAT = dict(NET, layers=1, time_every=0)
 PHASE = {"steps": 2, "batch": 4, "length": 4, "long_length": 8, "long_every": 2, "warmup": 1, "log_every": 1}
 
@@ -72,11 +73,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once():
-    """One compiled step for all phases of a kind and config: compiling is all the cost here."""
+    """One step for all phases of a kind and config, compiled without optimisation: compiling is all the cost here."""
     steps = {}
 
     def make_train_step(phase, optimizer):
-        return steps.setdefault((type(phase), phase.full), state.make_train_step(phase, optimizer))
+        step = state.make_train_step(phase, optimizer).__wrapped__
+        quick = jax.jit(step, donate_argnums=0, compiler_options=QUICK)
+        return steps.setdefault((type(phase), phase.full), quick)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", make_train_step)
@@ -91,12 +94,21 @@ def agent(seed=0) -> Agent:
 def phases(data):
     frames, tokens = data
     cfg = config()
-    return {
+    made = {
         "tokenizer": TokenizerPhase(cfg, frames),
         "dynamics": DynamicsPhase(cfg, tokens),
         "agent": AgentPhase(cfg, tokens, agent().dynamics),
         "imagination": ImaginationPhase(cfg, tokens, agent()),
     }
+    return {name: quick_init(phase) for name, phase in made.items()}
+
+
+def quick_init(phase):
+    """The phase with parameters drawn in NumPy; those that it takes over stay what they are."""
+    if phase.name != "imagination":
+        drawn = small.drawn(phase.init, 5)
+        phase.init = lambda key: drawn
+    return phase
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +142,7 @@ def test_dynamics_n_and_resume_and_n_are_2n_bit_for_bit(data, tmp_path):
     seen = {"whole": [], "parts": []}
 
     def train(name, **options):
-        phase = DynamicsPhase(cfg, data[1])
+        phase = quick_init(DynamicsPhase(cfg, data[1]))
         batches = phase.batches
         phase.batches = lambda start: (seen[name].append(b["latents"]) or b for b in batches(start))
         run_dir = open_run(tmp_path / name, cfg, resume=True)
@@ -181,7 +193,7 @@ def test_separate_images_are_start_frames_that_see_nothing_else():
 
     sees = small.dependencies(predict, z, value).reshape(2, frames, 4, 2, frames, 4).any((2, 5))
     np.testing.assert_array_equal(sees, np.eye(2 * frames, dtype=bool).reshape(2, frames, 2, frames))
-    run = jax.jit(predict)
+    run = jax.jit(predict, compiler_options=QUICK)
     np.testing.assert_array_equal(run(z, value), run(z, (value + 1) % 5))
 
 
@@ -248,7 +260,7 @@ def test_which_rows_each_loss_of_phase_2_reads(data):
     phase, batch, model = phases(data)["agent"], agent_batch(data), agent()
     names = ("dynamics", "policy", "reward", "continue")
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def pull(weight, latents):
         def loss(x):
             terms, _ = phase.loss(model, agent(1), None, {**batch, "latents": x}, jax.random.key(0))
@@ -273,14 +285,20 @@ def test_cloning_never_sees_the_action_that_it_predicts_and_reward_does(data):
     batch["is_first"] = np.zeros_like(batch["is_first"])  # one episode a row, every action known
     present = {"move": np.ones_like(batch["present"]["move"])}
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def read(moves):
         actions = batch_actions({"actions": {"move": moves}, "present": present})
         segments = first_of_segment(batch["is_first"])
         task = batch["task"]
         key = jax.random.key(0)
         _, _, h = shortcut_forward(
-            model.dynamics, model.dynamics, batch["latents"], actions, key, task=task, segments=segments
+            model.dynamics,
+            model.dynamics,
+            jnp.asarray(batch["latents"], jnp.float32),
+            actions,
+            key,
+            task=task,
+            segments=segments,
         )
         return model.policy.next(h).parts["move"].logits, model.reward.mean(h)
 

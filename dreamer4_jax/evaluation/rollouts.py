@@ -19,6 +19,8 @@ from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.shortcut import generate
 from dreamer4_jax.world.tokenizer import Tokenizer
 
+SHOWN_STEPS = 4  # the paper's K: what clips, controls and targets are shown at
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -151,7 +153,7 @@ def step_count(
         return np.asarray(_decode(tokenizer, z)), 1000 * spent / (frames * len(clips.frames))
 
     out: dict[str, Any] = {"models": []}
-    control = min(config.agent.sample_steps, config.dynamics.k_max)
+    control = min(SHOWN_STEPS, config.dynamics.k_max)
     kept: dict[str, np.ndarray] = {}
     conditions = []
     for name, model in models.items():

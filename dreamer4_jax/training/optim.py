@@ -85,7 +85,7 @@ def _muon_axes(leaf: Any, axes: tuple | None) -> optax.contrib.MuonDimensionNumb
     """Which axes are the inputs and the outputs of a hidden matrix; None for what Muon leaves to AdamW."""
     at = _layer_axes(leaf, axes)
     names = [name for name in axes or () if name != "layers"]
-    if len(at) < 2 or any(name is not None and name not in _HIDDEN for name in names):
+    if len(at) < 2 or any(name not in _HIDDEN for name in names):
         return None
     # The attention output (heads, head_dim, embed) contracts all but its last axis; every other matrix its first.
     inputs = len(at) - 1 if names and names[-1] == "embed" else 1
