@@ -124,7 +124,7 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
     if not args.policy:
         run.evaluate_world_model()
     for name in names:
-        summary = run.evaluate_policy(name).summary()
+        summary = run.evaluate_policy(name, levels=args.levels.split(",") if args.levels else ()).summary()
         success, back = summary["success"], summary["return"]
         print(
             f"{name:24s} success {success['mean']:.3f} [{success['low']:.3f}, {success['high']:.3f}]"
@@ -181,6 +181,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("evaluate", _cmd_evaluate)
     sub.add_argument("run", help="run directory")
     sub.add_argument("--policy", action="append", help="only this policy (may be repeated)")
+    sub.add_argument("--levels", help="other levels than the run's, separated by commas; not kept in the report")
     sub = add("generate", _cmd_generate)
     sub.add_argument("run", help="run directory")
     sub.add_argument("--steps", type=int, default=4, help="sampling steps K per frame (4)")

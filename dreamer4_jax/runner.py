@@ -8,13 +8,16 @@ result is already complete, so running the same command again with --resume goes
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
@@ -109,7 +112,11 @@ class Run:
             out = self.dir / "data" / "tokens"
             with self._timed("tokens"):
                 write_tokens(
-                    self.raw_dir, out, lambda x, first: encode(tokenizer, x, first), identity=identity, progress=False
+                    self.raw_dir,
+                    out,
+                    lambda x, first: encode(tokenizer, x, first),
+                    identity=identity,
+                    progress=self.progress,
                 )
             self._datasets["latents"] = open_dataset(out, self.config, identity=identity)
         return self._datasets["latents"]
@@ -234,23 +241,29 @@ class Run:
         c = self.config
         return make(c.env, level, height=c.tokenizer.height, width=c.tokenizer.width, words=c.agent.task_words)
 
-    def evaluate_policy(self, name: str, *, episodes: int | None = None) -> EvalResult:
-        """Plays one policy's episodes in the real environment, or reads what an earlier call measured."""
+    def evaluate_policy(self, name: str, *, levels: Sequence[str] = ()) -> EvalResult:
+        """Plays one policy's episodes in the real environment, or reads what an earlier call measured.
+
+        Args:
+          levels: other levels than the config's, e.g. ones that were held out; nothing of these is kept.
+        """
         path = self._result_path(name)
-        if path.exists():
+        if not levels and path.exists():
             return EvalResult.from_json(json.loads(path.read_text()))
         c = self.config.evaluate
-        with self._timed("evaluate"):
+        with self._timed("evaluate"), self._bar(f"playing {name}", c.episodes) as advance:
             result = evaluate_policy(
                 self.policies()[name](),
                 self.make_env,
-                self.config.env.levels,
-                episodes=episodes or c.episodes,
+                levels or self.config.env.levels,
+                episodes=c.episodes,
                 envs=c.envs,
                 seed=self.config.seed + 1_000_003,
+                progress=advance,
             )
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(result.to_json()))
+        if not levels:
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json.dumps(result.to_json()))
         return result
 
     def generate(self, out: Path, *, steps: int, clips: int) -> None:
@@ -289,9 +302,10 @@ class Run:
         self._say("evaluating the world model")
         self.evaluate_world_model()
         for name in self.policies():
-            self._say(f"playing: {name}")
             self.evaluate_policy(name)
         data = self.report()
+        if self.progress:
+            self.console.print(_target_table(data["targets"]))
         self._say(f"finished in {(time.perf_counter() - began) / 60:.1f} minutes: {self.dir / 'report.html'}")
         return data
 
@@ -316,6 +330,14 @@ class Run:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Helpers
+
+    @contextmanager
+    def _bar(self, text: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar with rate and time left; yields its callback (done, total)."""
+        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.progress) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda done, total: bar.update(task, completed=done)
 
     def _say(self, text: str) -> None:
         if self.progress:
@@ -345,6 +367,15 @@ class Run:
         path = self.dir / "stages.json"
         stages = json.loads(path.read_text()) if path.exists() else {}
         return stages | {name: sum(entry.values()) for name, entry in read_ledger(self.dir).items()}
+
+
+def _target_table(targets: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="targets")
+    for head in ("", "target", "wanted", "measured"):
+        table.add_column(head)
+    for t in targets:
+        table.add_row("met" if t["passed"] else "missed", t["name"], t["target"], str(t["value"]))
+    return table
 
 
 class _Stage:

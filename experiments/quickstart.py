@@ -21,7 +21,7 @@ QUICK: dict[str, Any] = {
     "data.bot": 0.15,
     "data.noisy_bot": 0.55,
     "data.burst": 0.4,
-    # Few channels: noise then hides a tile's identity at most signal levels, so the model has to look it up in the past.
+    # Few channels: noise then hides what a tile is at most signal levels, and the model has to look into the past.
     "tokenizer.channels": 4,
     # Two time layers in four: what the first fetches from earlier frames can still move with the action.
     "dynamics.transformer.time_every": 2,

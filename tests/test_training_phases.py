@@ -115,11 +115,16 @@ def quick_init(phase):
 # Running
 
 
+# Each shape compiles a step, which is all the cost: long batches of these phases are left to the slow tests. Those of
+# the dynamics are in the test of exact resume below.
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["tokenizer", "agent", "imagination"])
-def test_a_phase_runs_with_short_and_long_batches(data, tmp_path, name):
+def test_a_phase_runs_with_short_and_long_batches(data, tmp_path, name, long):
     phase = phases(data)[name]
-    run_dir = open_run(tmp_path / "run", config())
-    result = run_phase(phase, config=config(), run_dir=run_dir, seed=0, progress=False)
+    if not long:
+        phase.full = config(**{f"train.{name}.long_length": 0})
+    run_dir = open_run(tmp_path / "run", phase.full)
+    result = run_phase(phase, config=phase.full, run_dir=run_dir, seed=0, progress=False)
     assert result.finished and result.steps == 2
     lines = [m for m in read_metrics(run_dir) if m.get("phase", name) == name and "loss" in m]
     terms = {
