@@ -5,7 +5,7 @@
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
 is there. Writes into --out (experiments/results/quickstart): seed<N>.json with the numbers of the run's report,
-seed<N>.webp with imagined clips, summary.json, and success.png with the success rates of all policies and seeds.
+seed<N>.png and .webp with imagined clips, summary.json, and success.png with the success rates of all policies and seeds.
 """
 
 import argparse
@@ -44,15 +44,14 @@ def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
     }
     write_atomic(out / f"seed{seed}.json", json.dumps(kept, indent=1) + "\n")
     arrays = measured["arrays"]
-    panels = {name: list(arrays[f"clip_{name}"][:2]) for name in ("real", "imagined")}
-    stacked = {name: _stack(clips) for name, clips in panels.items()}
-    (out / f"seed{seed}.webp").write_bytes(media.video(stacked, scale=2))
+    context = arrays["clip_context"]
+    real, imagined = (np.concatenate([context, arrays[f"clip_{n}"]], axis=1) for n in ("real", "imagined"))
+    strip = media.filmstrip(real[0], imagined[0], context=context.shape[1])
+    (out / f"seed{seed}.png").write_bytes(strip)
+    # Two clips below each other: [n, T, H, W, 3] -> [T, n H, W, 3].
+    panels = {"real": np.concatenate(list(real[:2]), axis=1), "imagined": np.concatenate(list(imagined[:2]), axis=1)}
+    (out / f"seed{seed}.webp").write_bytes(media.video(panels, context=context.shape[1], scale=2))
     return kept
-
-
-def _stack(clips: list[Any]) -> Any:
-    """Clips [T, H, W, 3] below each other."""
-    return np.concatenate(clips, axis=1)
 
 
 def summarize(kept: list[dict[str, Any]]) -> dict[str, Any]:
