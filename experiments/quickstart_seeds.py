@@ -5,7 +5,8 @@
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
 is there. Writes into --out (experiments/results/quickstart): seed<N>.json with the numbers of the run's report,
-seed<N>.png and .webp with imagined clips, summary.json, and success.png with the success rates of all policies and seeds.
+seed<N>.png and .webp with imagined clips, summary.json, and success.png with the success rates of all policies on
+all seeds.
 """
 
 import argparse

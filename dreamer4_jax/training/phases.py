@@ -66,7 +66,7 @@ class TokenizerPhase:
         return self.full.train.tokenizer
 
     def init(self, key: Array) -> Tokenizer:
-        return Tokenizer(self.full.tokenizer, key)
+        return jax.jit(lambda k: Tokenizer(self.full.tokenizer, k))(key)  # op by op it takes many times as long
 
     def loss(self, model: Tokenizer, ema: Any, frozen: Any, batch: dict[str, Any], key: Array) -> tuple[Terms, Terms]:
         segments = first_of_segment(batch["is_first"])
@@ -95,7 +95,7 @@ class DynamicsPhase:
         return self.full.train.dynamics
 
     def init(self, key: Array) -> Dynamics:
-        return Dynamics(self.full, key)
+        return jax.jit(lambda k: Dynamics(self.full, k))(key)
 
     def loss(self, model: Dynamics, ema: Dynamics, frozen: Any, batch: dict[str, Any], key: Array):
         image, noise = jax.random.split(key)
@@ -130,7 +130,7 @@ class AgentPhase:
         return self.full.train.agent
 
     def init(self, key: Array) -> Agent:
-        return Agent(self.full, self.dynamics, key)
+        return jax.jit(lambda dynamics, k: Agent(self.full, dynamics, k))(self.dynamics, key)
 
     def loss(self, model: Agent, ema: Agent, frozen: Any, batch: dict[str, Any], key: Array):
         teacher = ema.dynamics if self.full.dynamics.teacher == "ema" else model.dynamics
@@ -184,7 +184,7 @@ class ImaginationPhase:
         return self.full.train.imagination
 
     def init(self, key: Array) -> ActorCritic:
-        return ActorCritic(self.full, self.agent.policy, key)
+        return jax.jit(lambda policy, k: ActorCritic(self.full, policy, k))(self.agent.policy, key)
 
     def loss(self, model: ActorCritic, ema: Any, frozen: Any, batch: dict[str, Any], key: Array):
         cfg = self.full.agent

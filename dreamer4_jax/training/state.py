@@ -71,7 +71,7 @@ def init_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Bat
         step=jnp.zeros((), jnp.int32),
         model=model,
         # A copy as well: an optimiser may start several moments from one buffer, which cannot be donated twice.
-        opt_state=copy(optimizer.init(model)),
+        opt_state=copy(jax.jit(optimizer.init)(model)),
         ema=copy(model),
         norms=optim.init_norms(terms if phase.config.normalize_losses else ()),
     )
