@@ -26,7 +26,7 @@ from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.envs.babyai import make
-from dreamer4_jax.envs.collect import DataPolicy, collect
+from dreamer4_jax.envs.collect import DataPolicy, check_config, collect
 from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
@@ -65,8 +65,11 @@ class Run:
         self.config = config
         self._models: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}
-        if data_dir:  # checked before the run directory is made
+        # What can be known to be wrong is found before the run directory is made.
+        if data_dir:
             self._datasets["frames"] = open_dataset(data_dir, config)
+        elif not (Path(run_dir) / "config.json").exists():
+            check_config(config)
         self.dir = open_run(run_dir, config, resume)
         self.resume, self.progress = resume, progress
         self.raw_dir = self._recording(data_dir)
@@ -86,7 +89,7 @@ class Run:
                     f"--data {data_dir}: the run {self.dir} was made with {noted}; use that, or another run"
                 )
             return noted
-        if given is None:
+        if given is None or given == own.absolute():
             return own
         if own.exists():
             raise UserError(f"--data {data_dir}: the run {self.dir} has its own recording, {own}; choose another run")
@@ -251,16 +254,18 @@ class Run:
         if not levels and path.exists():
             return EvalResult.from_json(json.loads(path.read_text()))
         c = self.config.evaluate
-        with self._timed("evaluate"), self._bar(f"playing {name}", c.episodes) as advance:
-            result = evaluate_policy(
-                self.policies()[name](),
-                self.make_env,
-                levels or self.config.env.levels,
-                episodes=c.episodes,
-                envs=c.envs,
-                seed=self.config.seed + 1_000_003,
-                progress=advance,
-            )
+        with self._timed("evaluate"):
+            policy = self.policies()[name]()  # a missing model is found before a bar is shown
+            with self._bar(f"playing {name}", c.episodes) as advance:
+                result = evaluate_policy(
+                    policy,
+                    self.make_env,
+                    levels or self.config.env.levels,
+                    episodes=c.episodes,
+                    envs=c.envs,
+                    seed=self.config.seed + 1_000_003,
+                    progress=advance,
+                )
         if not levels:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, json.dumps(result.to_json()))
@@ -387,7 +392,9 @@ class _Stage:
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and issubclass(kind, UserError):
+            return  # a refusal costs nothing, and leaves no file
         costs = json.loads(self._path.read_text()) if self._path.exists() else {}
         costs[self._name] = costs.get(self._name, 0.0) + time.perf_counter() - self._began
         write_atomic(self._path, json.dumps(costs))

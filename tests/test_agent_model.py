@@ -127,7 +127,9 @@ def test_streaming_decisions_are_those_of_one_pass_over_the_video():
 
 def test_a_decision_compiles_once_and_costs_the_same_at_any_age():
     images, tasks = observations(2, seed=1)
-    policy = player()
+    # Bound to a device, as trained and restored models are.
+    models = jax.device_put((tokenizer(), agent().dynamics, agent().policy), jax.devices()[0])
+    policy = WorldModelPolicy(*models, greedy=True)
     policy.reset(np.ones(STREAMS, bool))
     policy.act(images[0], tasks)
     programs = agent_model._act._cache_size()

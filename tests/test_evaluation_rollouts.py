@@ -31,8 +31,7 @@ def config(**overrides):
             "tokenizer.pack": 1,
             "tokenizer.encoder": FLAT,
             "tokenizer.decoder": FLAT,
-            "dynamics": {"transformer": NET, "registers": 0, "k_max": 4},
-            "agent.sample_steps": 2,
+            "dynamics": {"transformer": NET, "registers": 0, "k_max": 8},
             "data.chunk": 16,
             "evaluate.context": 2,
             "evaluate.frames": 3,
@@ -156,20 +155,20 @@ def test_every_step_count_runs_the_same_program_and_the_controls_are_there(data)
     clips = held(data)
     before = rollouts._generate._cache_size()
     out = step_count(config(), {"shortcut forcing": first, "diffusion forcing": second}, tokenizer, clips, shown=2)
-    assert rollouts._generate._cache_size() == before + 1  # for K = 1, 2, 4, the control, and both models
+    assert rollouts._generate._cache_size() == before + 1  # for every K, the controls, and both models
     assert [m["name"] for m in out["steps"]["models"]] == ["shortcut forcing", "diffusion forcing"]
     for model in out["steps"]["models"]:
-        assert [row["steps"] for row in model["rows"]] == [1, 2, 4]
+        assert [row["steps"] for row in model["rows"]] == [1, 2, 4, 8]
         assert all(row["milliseconds"] > 0 for row in model["rows"])
     assert [c["name"] for c in out["conditions"]] == [
         f"{m}, {a} actions" for m in ("shortcut forcing", "diffusion forcing") for a in ("true", "shuffled")
     ]
-    assert out["steps_shown"] == 2
+    assert out["steps_shown"] == rollouts.SHOWN_STEPS == 4
     shown = out["shown"]
     assert shown["context"].shape == (2, 2, 16, 16, 3) and shown["real"].shape == shown["imagined"].shape
     # What is shown is the first model's video at the control's K, beside the frames that it should be.
     np.testing.assert_array_equal(shown["real"], clips.frames[:2, 2:])
-    np.testing.assert_array_equal(shown["imagined"], to_uint8(imagine_clips(first, tokenizer, clips, 2, 0))[:2])
+    np.testing.assert_array_equal(shown["imagined"], to_uint8(imagine_clips(first, tokenizer, clips, 4, 0))[:2])
 
 
 def test_imagined_clips_depend_on_their_actions_context_and_steps(data):

@@ -115,10 +115,10 @@ def quick_init(phase):
 # Running
 
 
-# Each shape compiles a step, which is all the cost: long batches of these phases are left to the slow tests. Those of
-# the dynamics are in the test of exact resume below.
+# Each shape compiles a step, which is all the cost: most long batches, and the tokenizer, which tests/test_runner.py
+# trains as well, are left to the slow tests. Long batches of the dynamics are in the test of exact resume below.
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["tokenizer", "agent", "imagination"])
+@pytest.mark.parametrize("name", [pytest.param("tokenizer", marks=pytest.mark.slow), "agent", "imagination"])
 def test_a_phase_runs_with_short_and_long_batches(data, tmp_path, name, long):
     phase = phases(data)[name]
     if not long:
@@ -322,6 +322,8 @@ def test_cloning_never_sees_the_action_that_it_predicts_and_reward_does(data):
 def test_phase_3_starts_from_the_cloned_policy(data):
     phase = phases(data)["imagination"]
     model = phase.init(jax.random.key(0))
-    assert isinstance(model.policy, PolicyHead) and model.policy is phase.frozen["prior"]
+    assert isinstance(model.policy, PolicyHead)
+    for mine, prior in zip(jax.tree.leaves(model.policy), jax.tree.leaves(phase.frozen["prior"]), strict=True):
+        np.testing.assert_array_equal(mine, prior)
     assert set(phase.frozen) == {"dynamics", "reward", "cont", "prior"}
     assert float(jnp.abs(model.value.mean(jnp.ones((2, 16)))).max()) == 0  # a new value head knows nothing

@@ -220,11 +220,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
 
 
 def _make_shard(job: _Job) -> dict[str, Any]:
-    """Worker: writes one shard, unless an earlier run left it whole."""
-    path = Path(job.path)
-    entry = writer.finished_shard(path)
-    if entry is not None:
-        return entry
+    """Worker: writes one shard."""
     tally = _Tally()
     stream = chunks(
         (e.validate(job.config.actions) for e in episodes(job.config, job.seed, job.shard, tally)),
@@ -232,7 +228,7 @@ def _make_shard(job: _Job) -> dict[str, Any]:
     )
     extra: dict[str, Any] = {"counts": tally.counts, "dropped": tally.dropped}
     first = (next(stream) for _ in range(job.chunks))
-    return writer.write_shard(path, DatasetSpec.of(job.config), first, extra)
+    return writer.write_shard(Path(job.path), DatasetSpec.of(job.config), first, extra)
 
 
 def _worker() -> None:
@@ -351,16 +347,24 @@ def _run(jobs: list[_Job], config: Config, progress: bool) -> Iterator[tuple[int
             done += job.chunks * config.data.chunk
             bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.0f} frames/s")
 
-        workers = min(config.data.workers, len(jobs))
-        if workers == 1:
-            for job in jobs:
+        todo = []
+        for job in jobs:  # a recording that is complete starts no process
+            entry = writer.finished_shard(Path(job.path))
+            if entry is None:
+                todo.append(job)
+            else:
+                yield job.shard, entry
+                advance(job)
+        workers = min(config.data.workers, len(todo))
+        if workers <= 1:
+            for job in todo:
                 yield job.shard, _make_shard(job)
                 advance(job)
             return
         # Fork would copy the parent's threads' locks (JAX has threads); spawned workers import only what is above.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-            futures = {pool.submit(_make_shard, job): job for job in jobs}
+            futures = {pool.submit(_make_shard, job): job for job in todo}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     job = futures[future]

@@ -19,7 +19,7 @@ CFG = config(
         "dynamics.k_max": 8,
     }
 )
-BATCH, FRAMES, CONTEXT, STEPS = 32, 8, 2, 500
+BATCH, FRAMES, CONTEXT, STEPS = 32, 8, 2, 600
 
 
 def world(seed: int, batch: int = BATCH) -> tuple[np.ndarray, Actions]:
@@ -50,26 +50,27 @@ def trained() -> Dynamics:
 
     ema, state = jax.tree.map(jnp.copy, model), optimiser.init(model)
     for step in range(STEPS):
-        z, actions, _ = world(step)
+        z, actions = world(step)
         model, ema, state = update(model, ema, state, z, actions, jax.random.fold_in(jax.random.key(1), step))
     return ema
 
 
+@pytest.mark.slow
 def test_the_world_is_learned_and_follows_its_actions(trained):
     """At K = 4: far above repeating the last frame, and above the same model shown other actions; K = 1 works too."""
-    z, actions, place = world(10**6, 64)
+    z, actions = world(10**6, 64)
+    move, future = np.asarray(actions.values["move"]), z[:, CONTEXT:].mean(-1) > 0
     sample = jax.jit(generate)
 
     def accuracy(moves: np.ndarray, steps: int) -> float:
         shown = Actions({"move": moves}, actions.present)
         out = np.asarray(sample(trained, z[:, :CONTEXT], shown, jax.random.key(2), steps=steps))
-        return float((out.mean(-1).argmax(-1) == place[:, CONTEXT:]).mean())
+        return float(((out.mean(-1) > 0) == future).mean())
 
-    move = np.asarray(actions.values["move"])
-    repeat = float((place[:, CONTEXT - 1 : CONTEXT] == place[:, CONTEXT:]).mean())
+    repeat = float(((z[:, CONTEXT - 1 : CONTEXT].mean(-1) > 0) == future).mean())
     shuffled = accuracy(np.roll(move, 1, 0), 4)
     scores = {steps: accuracy(move, steps) for steps in (1, 4, 8)}
     print(f"repeat {repeat:.3f}, shuffled actions {shuffled:.3f}, by K {scores}")
-    assert repeat < 0.5 and shuffled < 0.6
-    assert scores[4] > 0.95 and scores[8] > 0.95 and scores[1] > 0.8
+    assert repeat < 0.75 and shuffled < 0.75
+    assert scores[4] > 0.97 and scores[8] > 0.97 and scores[1] > 0.95
     assert sample._cache_size() == 1
