@@ -369,13 +369,29 @@ def validate(c: Config) -> None:
         f"of train.agent.batch = {c.train.agent.batch} rows: must leave a whole number of uniform rows, at least one",
     )
     if d.objective == "shortcut" and d.mix == "rows":
-        for at, rows in (("dynamics", c.train.dynamics.batch), ("agent", round(uniform))):
+        for at, share in (("dynamics", 1.0), ("agent", 1.0 - a.relevant_fraction)):
+            p = getattr(c.train, at)
+            # Long batches have fewer rows, so that a step costs about the same.
+            rows = min(p.batch, p.batch * p.length // p.long_length) if p.long_length else p.batch
             _require(
-                rows >= 2,
+                math.floor(rows * share + 1e-6) >= 2,
                 f"train.{at}.batch",
-                getattr(c.train, at).batch,
-                "needs two rows with dynamics loss, one for each branch of dynamics.mix = 'rows' (or use 'frames')",
+                p.batch,
+                f"leaves fewer than two rows with dynamics loss in a batch of {rows} rows, one for each branch of "
+                "dynamics.mix = 'rows': use more rows, shorter long batches, or 'frames'",
             )
+    _require(
+        d.transformer.time_every >= 1,
+        "dynamics.transformer.time_every",
+        d.transformer.time_every,
+        "must be at least 1: without time layers the dynamics has no memory",
+    )
+    _require(
+        c.train.imagination.length >= a.context,
+        "train.imagination.length",
+        c.train.imagination.length,
+        f"must hold a context of agent.context = {a.context} frames",
+    )
     _require(
         c.data.bot + c.data.noisy_bot <= 1.0 + 1e-9,
         "data.noisy_bot",

@@ -221,6 +221,11 @@ def test_wrong_type(field: str, value: object, more: list[str]) -> None:
         ("train.dynamics.long_length", 9999, ["9999", "data.chunk = "]),
         ("agent.context", 9999, ["9999", "data.chunk = "]),
         ("evaluate.frames", 9999, ["9999", "data.chunk = "]),
+        ("agent.relevant_fraction", 1.0, ["1.0", "train.agent.batch = 16", "at least one"]),
+        ("agent.relevant_fraction", 0.3, ["0.3", "whole number"]),
+        ("train.dynamics.batch", 1, ["1", "fewer than two rows"]),
+        ("dynamics.transformer.time_every", 0, ["0", "at least 1"]),
+        ("train.imagination.length", 4, ["4", "agent.context = 8"]),
     ],
 )
 def test_values_that_do_not_fit_together(field: str, value: object, more: list[str]) -> None:
@@ -230,6 +235,15 @@ def test_values_that_do_not_fit_together(field: str, value: object, more: list[s
 def test_shares_of_the_data_must_not_exceed_one() -> None:
     with pytest.raises(ConfigError, match=r"data\.noisy_bot = 0\.9.*data\.bot = 0\.5"):
         preset("tiny", **{"data.bot": 0.5, "data.noisy_bot": 0.9})
+
+
+def test_long_batches_keep_a_row_for_each_branch() -> None:
+    """2 rows x 16 frames are 1 row x 32 frames, which would be bootstrap alone."""
+    fields = {"train.dynamics.batch": 2, "train.dynamics.length": 16}
+    preset("tiny", **fields)
+    with pytest.raises(ConfigError, match=r"train\.dynamics\.batch = 2: .*batch of 1 rows"):
+        preset("tiny", **fields, **{"train.dynamics.long_length": 32})
+    preset("tiny", **fields, **{"train.dynamics.long_length": 32, "dynamics.mix": "frames"})
 
 
 def test_pack_must_divide_the_latents() -> None:

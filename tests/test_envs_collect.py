@@ -113,6 +113,15 @@ def test_policies_differ_as_they_should():
     assert {len(e) for es in made.values() for e in es} <= set(range(2, 18))
 
 
+def test_random_actions_follow_their_shares():
+    assert len(collect.RANDOM) == collect.ACTIONS and sum(collect.RANDOM) == pytest.approx(1)
+    c = config(**{"data.bot": 0.0, "data.noisy_bot": 0.0})  # aimless walks only
+    walker = collect.Scripted("aimless", c.data, None, np.random.default_rng(0))
+    drawn = np.bincount([walker._choose() for _ in range(4000)], minlength=collect.ACTIONS) / 4000
+    error = 4 * np.sqrt(np.array(collect.RANDOM) / 4000)
+    assert (np.abs(drawn - collect.RANDOM) < error).all()
+
+
 def test_data_policy_plays_in_lockstep():
     policy = collect.DataPolicy(DataConfig(), policy="bot")
     envs = [babyai.make(config().env, level, height=64, width=64, words=12) for level in LEVELS.split(",")]

@@ -171,6 +171,18 @@ def test_every_step_count_runs_the_same_program_and_the_controls_are_there(data)
     np.testing.assert_array_equal(shown["imagined"], to_uint8(imagine_clips(first, tokenizer, clips, 4, 0))[:2])
 
 
+def test_a_decoder_with_time_layers_sees_the_context():
+    """The tokens after the context, decoded behind it, look as they do in the whole clip."""
+    cfg = config().tokenizer
+    cfg = replace(cfg, encoder=replace(cfg.encoder, **NET), decoder=replace(cfg.decoder, **NET))
+    tokenizer = jax.jit(lambda key: Tokenizer(cfg, key))(jax.random.key(0))
+    z = np.random.default_rng(0).uniform(-1, 1, (2, 5, cfg.tokens, cfg.token_channels)).astype(np.float32)
+    clips = HeldOut(np.zeros((2, 5, 16, 16, 3), np.uint8), z, {}, {}, 2, SymbolDecoder(8))
+    whole = np.asarray(tokenizer.decode(z))[:, 2:]
+    np.testing.assert_allclose(rollouts._video(tokenizer, clips, z[:, 2:]), whole, atol=1e-5)
+    assert np.abs(np.asarray(tokenizer.decode(z[:, 2:])) - whole).max() > 1e-3
+
+
 def test_imagined_clips_depend_on_their_actions_context_and_steps(data):
     tokenizer, model, _ = models()
     clips = held(data)
@@ -201,6 +213,7 @@ def measured(**changed):
         return {
             "steps": steps,
             "symbol_accuracy": interval(accuracy),
+            "repeat_accuracy": interval(0.93),
             "changed_accuracy": None if changed is None else interval(changed),
             "repeat_changed_accuracy": None if changed is None else interval(0.1),
         }
@@ -253,7 +266,7 @@ def test_targets_of_the_agent_want_intervals_apart():
 
     played = [Played("random", 0.1), Played("blind", 0.3), Played("phase 2 (cloning)", 0.5)]
     apart = agent_targets([*played, Played("phase 3 (imagination)", 0.65)])
-    assert len(apart) == 4 and verdicts(apart) == [True] * 4
+    assert len(apart) == 5 and verdicts(apart) == [True] * 5
     near = agent_targets([*played, Played("phase 3 (imagination)", 0.58)])
-    assert verdicts(near) == [False, True, True, True]
+    assert verdicts(near) == [False, True, True, True, True]
     assert verdicts(agent_targets(played)) == [True, True]

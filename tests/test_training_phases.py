@@ -51,6 +51,7 @@ def config(**overrides):
             "agent.sample_steps": 2,
             **{f"train.{p}": PHASE for p in ("tokenizer", "dynamics", "agent", "imagination")},
             "train.dynamics.image_fraction": 0.3,
+            "train.agent.batch": 8,
             **overrides,
         }
     )
@@ -217,7 +218,7 @@ def test_the_share_of_rows_that_are_images_and_the_rows_left_alone():
 # Phase 2
 
 
-def agent_batch(data, rows=4):
+def agent_batch(data, rows=8):
     """A batch with both kinds of rows, uniform ones first, as the phase orders them."""
     batch = next(phases(data)["agent"].batches(0))
     np.testing.assert_array_equal(batch["relevant"], np.sort(batch["relevant"]))

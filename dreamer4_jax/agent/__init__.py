@@ -10,6 +10,7 @@ from dreamer4_jax.agent.heads import (
     symexp_bins,
     symexp_twohot,
 )
+from dreamer4_jax.agent.imagination import imagine
 from dreamer4_jax.agent.objectives import (
     awr_loss,
     filtered_bc_loss,
@@ -29,6 +30,7 @@ __all__ = [
     "awr_loss",
     "distribution",
     "filtered_bc_loss",
+    "imagine",
     "lambda_returns",
     "logits_size",
     "mu_law_mouse",

@@ -32,7 +32,8 @@ from dreamer4_jax.envs import babyai
 
 POLICIES = ("bot", "noisy_bot", "aimless")
 ACTIONS = 7
-FORWARD = 2
+# How random actions are drawn: left, right, forward, pick up, drop, toggle, done. Uniform ones would mostly do nothing.
+RANDOM = (0.2, 0.2, 0.35, 0.1, 0.08, 0.05, 0.02)
 # Levels whose missions BabyAI's bot cannot solve, according to its own documentation and our trials.
 UNSOLVABLE = (
     "BabyAI-KeyInBox-v0",
@@ -64,8 +65,7 @@ class Scripted:
 
     def _choose(self) -> int:
         if self._bot is None:
-            # A random walk: forward half of the time, otherwise any action.
-            return FORWARD if self._rng.random() < 0.5 else int(self._rng.integers(ACTIONS))
+            return self._random()
         try:
             # The bot follows the episode even through a burst, told of each action that was really taken.
             best = int(self._bot.replan(self._taken))
@@ -76,8 +76,11 @@ class Scripted:
                 self._burst = self._data.burst_length
             if self._burst > 0:
                 self._burst -= 1
-                return int(self._rng.integers(ACTIONS))
+                return self._random()
         return best
+
+    def _random(self) -> int:
+        return int(np.searchsorted(np.cumsum(RANDOM), self._rng.random() * sum(RANDOM), side="right"))
 
 
 def choose_policy(data: DataConfig, rng: np.random.Generator) -> str:

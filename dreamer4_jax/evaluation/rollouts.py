@@ -14,7 +14,7 @@ from dreamer4_jax.config import Config, UserError
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.envs.symbols import SymbolDecoder
 from dreamer4_jax.evaluation.metrics import bootstrap_ci, psnr, ssim
-from dreamer4_jax.evaluation.worldmodel import ClipScores, score_clips, step_table
+from dreamer4_jax.evaluation.worldmodel import PSNR_CAP, ClipScores, score_clips, step_table
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.shortcut import generate
 from dreamer4_jax.world.tokenizer import Tokenizer
@@ -35,7 +35,10 @@ class HeldOut:
 
     @classmethod
     def sample(cls, config: Config, frames: Dataset, tokens: Dataset, *, seed: int) -> "HeldOut":
-        """Draws `evaluate.clips` distinct windows of the held-out split in which no other episode begins."""
+        """Draws `evaluate.clips` distinct windows of the held-out split in which no other episode begins.
+
+        So only episodes of at least context + future frames are seen: short successes are not among them.
+        """
         e = config.evaluate
         length = e.context + e.frames
         starts = []
@@ -112,7 +115,13 @@ def imagine_clips(
     model: Dynamics, tokenizer: Tokenizer, clips: HeldOut, steps: int, seed: int
 ) -> Float[np.ndarray, "n T H W 3"]:
     """The frames after the context, imagined at the clips' actions with K = `steps`."""
-    return np.asarray(_decode(tokenizer, _generate(*_arguments(model, clips, steps, seed))))
+    return _video(tokenizer, clips, _generate(*_arguments(model, clips, steps, seed)))
+
+
+def _video(tokenizer: Tokenizer, clips: HeldOut, z: Array) -> Float[np.ndarray, "n T H W 3"]:
+    """Decodes imagined tokens behind their context, which a decoder with time layers sees; returns what follows it."""
+    whole = jnp.concatenate([jnp.asarray(clips.latents[:, : clips.context]), z], axis=1)
+    return np.asarray(_decode(tokenizer, whole))[:, clips.context :]
 
 
 def reconstruction(tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def reconstruction(tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6) -> di
     video = to_uint8(_decode(tokenizer, held.latents))
     symbols = (held.decoder.decode(video) == held.decoder.decode(held.frames)).mean((-2, -1))
     scores = {
-        "psnr": np.minimum(psnr(held.frames, video), 60.0),
+        "psnr": np.minimum(psnr(held.frames, video), PSNR_CAP),
         "ssim": ssim(held.frames, video),
         "symbol_accuracy": symbols,
     }
@@ -150,7 +159,7 @@ def step_count(
         began = time.perf_counter()
         z = jax.block_until_ready(_generate(*_arguments(model, clips, steps, config.seed)))
         spent = time.perf_counter() - began
-        return np.asarray(_decode(tokenizer, z)), 1000 * spent / (frames * len(clips.frames))
+        return _video(tokenizer, clips, z), 1000 * spent / (frames * len(clips.frames))
 
     out: dict[str, Any] = {"models": []}
     control = min(SHOWN_STEPS, config.dynamics.k_max)

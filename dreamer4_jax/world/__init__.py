@@ -2,7 +2,8 @@
 
 from dreamer4_jax.world import shortcut
 from dreamer4_jax.world.dynamics import Actions, Dynamics, DynamicsOutput
+from dreamer4_jax.world.oracle import TransitionOracle
 from dreamer4_jax.world.shortcut import generate
 from dreamer4_jax.world.tokenizer import Tokenizer
 
-__all__ = ["Actions", "Dynamics", "DynamicsOutput", "Tokenizer", "generate", "shortcut"]
+__all__ = ["Actions", "Dynamics", "DynamicsOutput", "Tokenizer", "TransitionOracle", "generate", "shortcut"]
