@@ -8,6 +8,10 @@ READY := $(VENV)/.ready
 # Tests run in this many processes. Two suit a laptop: compiling takes one core, running takes several.
 JOBS ?= 2
 
+# Training allocates and frees hundreds of megabytes a step. With huge pages, kept by the process, a step on 2 cores took
+# a fifth to a third less time; only glibc reads this, everything else ignores it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
+
 # Options of the quickstart: SMOKE=1 (under 3 minutes), SEED=n, RUN=directory, RESUME=1 (go on with an earlier run).
 RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN)) \
   $(if $(filter-out 0,$(RESUME)),--resume)

@@ -41,6 +41,9 @@ class TransformerConfig:
     # Constant query/key biases make attention start local: among the places of a frame, and at recent frames. 0: off.
     local_space: float = 0.0
     local_time: float = 0.0
+    local_shift: int = (
+        0  # places between a token and where its heads look at first: 1 is its neighbours, in space by turns
+    )
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True  # scan over periods (one period compiled once); False unrolls them
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -117,6 +120,8 @@ class DynamicsConfig:
     bootstrap_fraction: float = 0.25  # share of rows on the bootstrap branch (mix = rows)
     teacher: Literal["ema", "online"] = "ema"
     ramp: Literal["both", "flow", "none"] = "both"
+    condition_spatial: bool = False  # also add the action's and the (tau, d) token to every spatial token
+    input_floor: float = 1.0  # gain of noisy tokens at signal level 0, see `dynamics.input_gain`; 1: no gain
     context_signal: float = 0.9  # rounded down to the grid of 1/k_max
 
 
@@ -138,6 +143,7 @@ class AgentConfig:
     context: int = 8  # frames of dataset context in front of a rollout
     sample_steps: int = 4  # K during imagination
     relevant_fraction: float = 0.5
+    dynamics_weight: float = 1.0  # of the normalised dynamics loss beside those of the heads (phase 2)
 
 
 @dataclass(frozen=True)
@@ -240,11 +246,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v >= 1,
         "must be at least 1",
     ),
-    ("seed time_every registers mtp workers long_length warmup", lambda v: v >= 0, "must be at least 0"),
-    ("softcap local_space local_time beta weight_decay", lambda v: 0 <= v < math.inf, "must be at least 0, and finite"),
+    ("seed time_every local_shift registers mtp workers long_length warmup", lambda v: v >= 0, "must be at least 0"),
+    (
+        "softcap local_space local_time beta dynamics_weight weight_decay",
+        lambda v: 0 <= v < math.inf,
+        "must be at least 0, and finite",
+    ),
     ("rope_base_time rope_base_space lr clip", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
     (
-        "lam alpha relevant_fraction bot noisy_bot burst image_fraction decay",
+        "lam alpha relevant_fraction input_floor bot noisy_bot burst image_fraction decay",
         lambda v: 0 <= v <= 1,
         "must be in [0, 1]",
     ),

@@ -10,7 +10,7 @@ import pytest
 
 from dreamer4_jax.nn import Mask, Transformer
 from dreamer4_jax.nn import cache as ring
-from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.nn.transformer import _centres, first_of_segment
 from tests import reference
 from tests.small import dependencies, drawn, transformer_config
 
@@ -100,6 +100,43 @@ def test_against_the_reference(local):
     segments = np.array([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
     expected = reference_forward(net, x, segments)
     np.testing.assert_allclose(forward(net, x, jnp.asarray(segments)), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_local_attention_starts_where_its_heads_are_centred(shift):
+    """With content muted the weights of a token peak at its right, left, lower and upper neighbour, head by head."""
+    cfg = transformer_config(layers=1, time_every=1, local_space=4.0, local_time=4.0, local_shift=shift, softcap=0.0)
+    net = jax.jit(partial(Transformer, cfg=cfg))(jax.random.key(0))
+    around, before = _centres(cfg)
+    grid = np.stack(np.meshgrid(np.arange(5), np.arange(5), indexing="ij"), -1).reshape(-1, 2)
+    middle, ones = np.array([2, 2]), np.ones(cfg.head_dim)
+    for h, (row, column) in enumerate([(0, 1), (0, -1), (1, 0), (-1, 0)]):
+        q = np.broadcast_to(around[h], (1, 25, cfg.head_dim))
+        k = np.broadcast_to(ones, (1, 25, cfg.head_dim))
+        turn = partial(reference.rope_2d, rows=grid[:, 0], columns=grid[:, 1], base=cfg.rope_base_space)
+        logits = turn(q)[0] @ turn(k)[0].T
+        peak = grid[logits[2 * 5 + 2].argmax()]
+        assert np.array_equal(peak, middle + shift * np.array([row, column]))
+        turn = partial(reference.rope_1d, positions=np.arange(25), base=cfg.rope_base_time)
+        logits = turn(np.broadcast_to(before[h], (1, 25, cfg.head_dim)))[0] @ turn(k)[0].T
+        assert logits[12].argmax() == 12 - shift
+    np.testing.assert_allclose(net.periods.time.attention.q_bias[...][0], 4.0 * before, rtol=1e-6)
+
+
+def test_tokens_without_a_place_get_no_local_biases():
+    """Their keys are those of a layer without biases, their queries a multiple of them; the other tokens' are not.
+
+    At initialisation their content counts in full: the factor takes out the small scales of queries and keys.
+    """
+    net = model(transformer_config(layers=1, time_every=0, local_space=2.0))
+    attention = jax.tree.map(lambda leaf: leaf[0], net.periods).space[0].attention
+    bare = jax.tree.map(lambda x: x, attention)
+    bare.q_bias, bare.k_bias = (jax.tree.map(jnp.zeros_like, b) for b in (attention.q_bias, attention.k_bias))
+    x, placed = inputs(), np.array([True, False, True])
+    factors = ((1.6 * 2.0) ** 2, 1.0)
+    for some, none, factor in zip(attention.project(x, placed)[:2], bare.project(x)[:2], factors, strict=True):
+        np.testing.assert_allclose(some[:, :, 1], factor * none[:, :, 1], rtol=1e-5)
+        assert (np.abs(some - none)[:, :, [0, 2]].max(-1) > 1e-3).all()
 
 
 def test_bfloat16_follows_float32(deep):

@@ -133,3 +133,18 @@ def test_a_loss_that_returns_no_scalar_or_takes_a_name_of_the_loop_is_refused():
     phase.loss = lambda *a: (good(*a)[0], {"lr": jnp.ones(())})
     with pytest.raises(ValueError, match=r"\['lr'\]"):
         make_train_step(phase, optimizer)(state, phase.frozen, batch, jax.random.key(1))
+
+
+def test_weights_scale_the_gradient_of_a_term_and_not_its_estimate():
+    """With weight 0 the term "fit" adds nothing to the gradient, though its running mean square is kept."""
+    updated = {}
+    for name, weights in {"none": {}, "one": {"fit": 1.0}, "zero": {"fit": 0.0}}.items():
+        phase = Regression(replace(TINY, weight_decay=0.0), weights=weights)
+        optimizer, batch = make_optimizer(phase.config), next(phase.batches(0))
+        state = init_state(phase, optimizer, batch, jax.random.key(0))
+        updated[name] = make_train_step(phase, optimizer)(state, phase.frozen, batch, jax.random.key(1))
+    (plain, whole), (one, _), (zero, metrics) = updated["none"], updated["one"], updated["zero"]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), plain.model, one.model))
+    assert float(zero.norms["mean_square"]["fit"]) == float(plain.norms["mean_square"]["fit"]) > 0
+    np.testing.assert_allclose(metrics["loss"], metrics["scaled/drift"], rtol=1e-6)
+    assert float(metrics["grad_norm"]) < 0.9 * float(whole["grad_norm"])

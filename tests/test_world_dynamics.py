@@ -9,7 +9,7 @@ from dreamer4_jax.config import ActionComponent
 from dreamer4_jax.nn import cache as ring
 from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.world import Actions, Dynamics
-from dreamer4_jax.world.dynamics import ActionEncoder, TaskEncoder, context_level
+from dreamer4_jax.world.dynamics import ActionEncoder, TaskEncoder, context_level, input_gain
 from tests.small import config, dependencies, drawn, latents, moves, nonzero
 
 CFG = config()
@@ -60,6 +60,41 @@ def test_output_is_float32_of_the_right_shapes(model):
     assert out.z1.shape == (B, T, 4, 4) and out.h.shape == (B, T, 32) and out.cache is None
     assert out.z1.dtype == out.h.dtype == jnp.float32
     assert forward(model, latents(B, T), moves(B, T)).h is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input of noisy tokens
+
+
+def test_input_gain_is_the_least_squares_coefficient_of_the_clean_token():
+    """E[z1 z~] / E[z~^2] of unit-variance latents, measured."""
+    rng = np.random.default_rng(0)
+    z0, z1 = rng.standard_normal((2, 200_000))
+    for tau in (0.125, 0.5, 0.875):
+        noisy = (1 - tau) * z0 + tau * z1
+        assert float(input_gain(jnp.float32(tau), 0.0)) == pytest.approx((z1 @ noisy) / (noisy @ noisy), abs=0.01)
+    ends = [[float(input_gain(jnp.float32(tau), floor)) for tau in (0.0, 1.0)] for floor in (0.0, 0.1, 1.0)]
+    np.testing.assert_allclose(ends, [[0, 1], [0.1, 1], [1, 1]], rtol=1e-6)
+    grid = jnp.linspace(0, 1, 9)
+    assert np.array_equal(input_gain(grid, 1.0), np.ones(9))
+
+
+@pytest.mark.parametrize("floor,visible", [(0.0, False), (0.1, True)])
+def test_noise_at_level_zero_is_seen_through_the_floor_alone(floor, visible):
+    model = drawn(lambda key: Dynamics(config(**{"dynamics.input_floor": floor}), key))
+    zero, d = jnp.zeros((B, 2)), jnp.ones((B, 2))
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(model(z, zero, d, moves(B, 2)).z1 ** 2)))(latents(B, 2))
+    assert nonzero(gradient) == visible
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_conditions_reach_the_tokens_without_attention_if_they_are_added(added):
+    model = drawn(lambda key: Dynamics(config(**{"dynamics.condition_spatial": added}), key))
+    for layer in (*model.transformer.periods.space, model.transformer.periods.time):
+        layer.attention.o = jax.tree.map(jnp.zeros_like, layer.attention.o)
+    gradient = jax.jit(jax.grad(lambda model: jnp.sum(call(model, latents(B, T), moves(B, T)).z1 ** 2)))(model)
+    for part in (gradient.actions, gradient.signal, gradient.step):
+        assert nonzero(part) == added
 
 
 # ---------------------------------------------------------------------------------------------------------------------

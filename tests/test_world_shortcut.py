@@ -91,7 +91,7 @@ def test_bootstrap_target_is_the_literal_eq_7():
     np.testing.assert_allclose((f(z, tau, d) - np.asarray(target)) ** 2, literal, rtol=1e-3, atol=1e-5)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["cfg", "calls"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["cfg", "calls", "context_level"])
 @dataclass
 class Fake:
     """The interface of `Dynamics` around `network`; records what it is called with."""
@@ -99,6 +99,7 @@ class Fake:
     cfg: SimpleNamespace
     w: jax.Array
     calls: list = field(default_factory=list)
+    context_level: float = 0.75
 
     def __call__(self, z, tau, d, actions, *, task=None, segments=None):
         self.calls.append((z, tau, d, actions, segments))
@@ -184,6 +185,18 @@ def test_rows_restricts_the_loss_to_the_first_rows(mix):
     np.testing.assert_allclose(value, (reference.ramp(tau) * errors)[:3].mean(), **CLOSE)
     gradient = np.asarray(jax.grad(loss)(z1))
     assert not gradient[3:].any() and all(row.any() for row in gradient[:3])
+
+
+def test_rows_without_the_loss_stand_at_the_context_level():
+    """Peer mistake 5: noised to the level of their label, each with noise of its own."""
+    student, teacher = fakes(mix="rows")
+    z1, key = latents(8, 200), jax.random.key(3)
+    shortcut.shortcut_forward(student, teacher, z1, moves(8, 200), key, rows=3)
+    z, tau, d = (np.asarray(x) for x in student.calls[0][:3])
+    assert (tau[3:] == 0.75).all() and (d[3:] == 1 / K_MAX).all() and len(np.unique(tau[:3])) > 1
+    z0 = ((z - tau[..., None, None] * z1) / (1 - tau)[..., None, None])[3:]
+    np.testing.assert_allclose([z0.mean(), z0.std()], [0, 1], atol=0.05)
+    assert abs(np.corrcoef(z0.reshape(5, -1))[np.triu_indices(5, 1)]).max() < 0.2
 
 
 def test_bootstrap_rows():

@@ -53,6 +53,7 @@ class Regression:
     width: int = 4
     seen: list[int] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def frozen(self) -> Any:

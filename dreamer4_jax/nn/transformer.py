@@ -17,11 +17,14 @@ from dreamer4_jax.nn import layers
 from dreamer4_jax.nn.attention import Mask, attention
 from dreamer4_jax.nn.cache import Cache
 
+Placed = Bool[np.ndarray, " N"] | None  # which tokens have a place in the frame; None: all
+
 
 class Attention(nnx.Module):
     """Projections, QK-norm and rotation around `attention`."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig, local: float):
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float, centres: Float[Array, "H K"]):
+        """`centres`: unit biases of the queries, turned to where each head looks at first."""
         q, k, v, o = jax.random.split(key, 4)
         d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
         self.q = layers.fan_in(q, (d, h, dim), ("embed", "heads", "head_dim"))
@@ -29,18 +32,18 @@ class Attention(nnx.Module):
         self.v = layers.fan_in(v, (d, g, dim), ("embed", "kv_heads", "head_dim"))
         scale = (2 * cfg.layers) ** -0.5
         self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
-        # Equal constants on both sides: after rotation their product peaks where positions agree. Content starts small
-        # beside a strong one.
-        scale = jnp.full((dim,), 1.0 / max(1.0, 1.6 * local), jnp.float32)
-        bias = jnp.full((dim,), local, jnp.float32)
+        # Constants on both sides, the query's turned by the head's centre: after rotation their product peaks at the
+        # key that stands where the centre points. Content starts small beside a strong one.
+        self.content = 1.0 / max(1.0, 1.6 * local)
+        scale = jnp.full((dim,), self.content, jnp.float32)
         self.q_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
         self.k_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
-        self.q_bias = nnx.Param(bias, axes=("head_dim",)) if local else None
-        self.k_bias = nnx.Param(bias, axes=("head_dim",)) if local else None
+        self.q_bias = nnx.Param(local * centres, axes=("heads", "head_dim")) if local else None
+        self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if local else None
         self.softcap = cfg.softcap or None
 
-    def project(self, x: Float[Array, "... D"]) -> tuple[Array, Array, Array]:
-        """q [..., H, K], k and v [..., G, K], normalised but not rotated."""
+    def project(self, x: Float[Array, "... N D"], placed: Placed = None) -> tuple[Array, Array, Array]:
+        """q [..., N, H, K], k and v [..., N, G, K], normalised but not rotated. Tokens not `placed` get no biases."""
         d, h, dim = self.q.shape
         g = self.k.shape[1]
         # One product for the three: short of width, three thin ones waste the machine.
@@ -51,7 +54,13 @@ class Attention(nnx.Module):
         if self.q_scale is not None and self.k_scale is not None:
             q, k = layers.rms_norm(q, self.q_scale[...]), layers.rms_norm(k, self.k_scale[...])
         if self.q_bias is not None and self.k_bias is not None:
-            q, k = q + self.q_bias[...].astype(q.dtype), k + self.k_bias[...].astype(k.dtype)
+            q_bias, k_bias = self.q_bias[...].astype(q.dtype), self.k_bias[...].astype(k.dtype)
+            if placed is not None:
+                at = jnp.asarray(placed, q.dtype)[:, None, None]
+                q_bias, k_bias = at * q_bias, at * k_bias
+                # Their content need not start small: it is all that they look for.
+                q = q * (at + (1.0 - at) / self.content**2)
+            q, k = q + q_bias, k + k_bias
         return q, k, v
 
     def output(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
@@ -62,16 +71,18 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm residual layer: attention over space or time, then SwiGLU."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig, local: float):
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float, centres: Float[Array, "H K"]):
         attn, mlp = jax.random.split(key)
         self.norm1 = layers.RMSNorm(cfg.width)
-        self.attention = Attention(attn, cfg, local)
+        self.attention = Attention(attn, cfg, local, centres)
         self.norm2 = layers.RMSNorm(cfg.width)
         self.mlp = layers.SwiGLU(mlp, cfg.width, cfg.ffn, out_scale=(2 * cfg.layers) ** -0.5)
 
-    def space(self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask) -> Float[Array, "B T N D"]:
+    def space(
+        self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask, placed: Placed
+    ) -> Float[Array, "B T N D"]:
         with jax.named_scope("space_attention"):
-            q, k, v = self.attention.project(self.norm1(x))
+            q, k, v = self.attention.project(self.norm1(x), placed)
             q, k = layers.rotate(q, angles, axes=2), layers.rotate(k, angles, axes=2)
             x = x + self.attention.output(attention(q, k, v, mask, softcap=self.attention.softcap))
         with jax.named_scope("mlp"):
@@ -95,14 +106,28 @@ class Layer(nnx.Module):
             return x + self.mlp(self.norm2(x)), (k, v)
 
 
+def _centres(cfg: TransformerConfig) -> tuple[Array, Array]:
+    """Unit query biases [H, K] of the space and the time layers, turned by `local_shift` places.
+
+    Shifted heads look right, left, down and up by turns, as the taps of a convolution do, and at earlier frames.
+    """
+    sides = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])[np.arange(cfg.heads) % 4] * cfg.local_shift
+    before = jnp.full((cfg.heads,), -cfg.local_shift)
+    unit = jnp.ones((cfg.heads, 1, cfg.head_dim))
+    around = layers.rotate(unit, layers.space_angles(sides, cfg.head_dim, cfg.rope_base_space), axes=2)
+    past = layers.rotate(unit, layers.time_angles(before, cfg.head_dim, cfg.rope_base_time))
+    return around[:, 0], past[:, 0]
+
+
 class Period(nnx.Module):
     """`time_every` layers, the last of them over time; a single space layer where there are no time layers."""
 
     def __init__(self, key: Array, cfg: TransformerConfig):
         keys = jax.random.split(key, cfg.period)
         space = cfg.period - 1 if cfg.time_every else 1
-        self.space = nnx.List([Layer(k, cfg, cfg.local_space) for k in keys[:space]])
-        self.time = Layer(keys[-1], cfg, cfg.local_time) if cfg.time_every else None
+        around, before = _centres(cfg)
+        self.space = nnx.List([Layer(k, cfg, cfg.local_space, around) for k in keys[:space]])
+        self.time = Layer(keys[-1], cfg, cfg.local_time, before) if cfg.time_every else None
 
 
 class Transformer(nnx.Module):
@@ -119,6 +144,7 @@ class Transformer(nnx.Module):
         *,
         coordinates: np.ndarray,
         space_mask: Mask,
+        placed: Placed = None,
         segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         keep: bool = False,
@@ -128,6 +154,8 @@ class Transformer(nnx.Module):
         Args:
           coordinates: static float [N, 2], row and column of each token for the space layers' RoPE.
           space_mask: token types and rules of the space layers.
+          placed: which tokens have a place in the frame. The others neither have nor attract local attention in the
+            space layers: their logits start from content alone.
           segments: episode numbers of the frames; time attention stays inside a segment. Frames of one segment are
             adjacent. With a cache, its history belongs to the segment of the first frame.
           cache: history of the time layers; the T frames are the ones that follow it. It is read, not written.
@@ -155,7 +183,7 @@ class Transformer(nnx.Module):
         def body(x, scanned):
             period, ring = scanned
             for layer in period.space:
-                x = layer.space(x, space, space_mask)
+                x = layer.space(x, space, space_mask, placed)
             if period.time is None:
                 return x, None
             x, kv = period.time.time(x, time, mask, None if ring is None else (*ring, past_mask))

@@ -1,7 +1,7 @@
 """The four phases of Dreamer 4 for the one training loop: what each trains, its data and its loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class TokenizerPhase:
     dataset: Dataset
     name: str = "tokenizer"
     frozen: Any = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> PhaseConfig:
@@ -89,6 +90,7 @@ class DynamicsPhase:
     dataset: Dataset
     name: str = "dynamics"
     frozen: Any = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> PhaseConfig:
@@ -128,6 +130,11 @@ class AgentPhase:
     @property
     def config(self) -> PhaseConfig:
         return self.full.train.agent
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        # The dynamics has learned its part: normalised, the rest of its loss is noise as large as the heads' signal.
+        return {"dynamics": self.full.agent.dynamics_weight}
 
     def init(self, key: Array) -> Agent:
         return jax.jit(lambda dynamics, k: Agent(self.full, dynamics, k))(self.dynamics, key)
@@ -170,6 +177,7 @@ class ImaginationPhase:
     agent: Agent
     name: str = "imagination"
     frozen: Any = field(init=False)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.frozen = {

@@ -1,6 +1,6 @@
 """The state of a training phase, and the jitted step that every phase shares."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Phase(Protocol):
     @property
     def frozen(self) -> Any:
         """Arrays that the loss reads and nothing trains (a pytree, or None)."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Factors of the normalised loss terms; 1 for those that are not named."""
 
     def init(self, key: Array) -> Any:
         """The trainable model: a pytree whose leaves are all float32 parameters."""
@@ -100,9 +104,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]:
     """The jitted step ``(state, frozen, batch, run_key) -> (state, metrics)``; `state` is donated.
 
-    The loss terms are divided by their running root mean square, summed and differentiated; the step's randomness is
-    ``fold_in(run_key, state.step)``. Where the loss, a gradient or a new parameter is not finite, the returned state
-    is the old one, step number included, and ``metrics["finite"]`` is False.
+    The loss terms are divided by their running root mean square, weighted, summed and differentiated; the step's
+    randomness is ``fold_in(run_key, state.step)``. Where the loss, a gradient or a new parameter is not finite, the
+    returned state is the old one, step number included, and ``metrics["finite"]`` is False.
 
     Metrics: "loss" (the sum that is differentiated), "loss/<term>" (raw), "scaled/<term>" (normalised), "grad_norm"
     (before clipping), "lr", "finite" and the phase's own.
@@ -115,7 +119,8 @@ def make_train_step(
             terms, metrics = phase.loss(model, state.ema, frozen, batch, key)
         terms = _scalars("term", terms)
         scaled, norms = optim.normalize(state.norms, terms) if cfg.normalize_losses else (terms, state.norms)
-        return jnp.sum(jnp.stack(list(scaled.values()))), (terms, scaled, norms, _scalars("metric", metrics))
+        weighted = [phase.weights.get(name, 1.0) * value for name, value in scaled.items()]
+        return jnp.sum(jnp.stack(weighted)), (terms, scaled, norms, _scalars("metric", metrics))
 
     def step(state: TrainState, frozen: Any, batch: Batch, run_key: Array) -> tuple[TrainState, Metrics]:
         key, rate = jax.random.fold_in(run_key, state.step), schedule(state.step)

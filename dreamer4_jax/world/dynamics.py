@@ -64,9 +64,9 @@ class ActionEncoder(nnx.Module):
         for k, part in zip(keys, components, strict=True):
             match part.kind:
                 case "categorical" | "mouse":
-                    tables[part.name] = layers.normal(k, (part.size, width), ("action", "embed"), std=0.5)
+                    tables[part.name] = layers.normal(k, (part.size, width), ("action", "embed"), std=1.0)
                 case "binary":
-                    tables[part.name] = layers.normal(k, (part.size, 2, width), ("action", None, "embed"), std=0.5)
+                    tables[part.name] = layers.normal(k, (part.size, 2, width), ("action", None, "embed"), std=1.0)
                 case "continuous":
                     tables[part.name] = layers.fan_in(k, (part.size, width), ("action", "embed"))
         self.tables = nnx.Dict(tables)
@@ -104,6 +104,16 @@ class TaskEncoder(nnx.Module):
 def context_level(context_signal: float, k_max: int) -> float:
     """Signal level of finished frames: `context_signal` rounded down to the training grid of 1/k_max."""
     return np.floor(context_signal * k_max + 1e-6) / k_max
+
+
+def input_gain(tau: Float[Array, "..."], floor: float) -> Float[Array, "..."]:
+    """Factor on noisy tokens at the network's input: ``floor + (1 - floor) tau / (tau^2 + (1 - tau)^2)``.
+
+    The fraction is the least-squares coefficient of z1 on z~ for latents of unit variance: what a noisy token tells
+    about the clean one. Without it the noise of a frame at tau = 0 drowns what attention fetches from the past. The
+    floor keeps the noise visible, from which a sample of several possible futures is drawn. floor = 1: factor 1.
+    """
+    return floor + (1.0 - floor) * tau / (tau**2 + (1.0 - tau) ** 2)
 
 
 class Dynamics(nnx.Module):
@@ -182,10 +192,15 @@ class Dynamics(nnx.Module):
         """
         batch, frames = z.shape[:2]
         wide = (batch, frames)
-        spatial = self.embed(z.astype(jnp.float32)) + self.place[...]
+        action, signal = self.actions(actions)[:, :, None], self._signal_token(tau, d)[:, :, None]
+        gain = input_gain(tau, self.cfg.dynamics.input_floor)[..., None, None]
+        spatial = self.embed(gain * z.astype(jnp.float32)) + self.place[...]
+        if self.cfg.dynamics.condition_spatial:
+            # Two tokens among many get little attention at first; added to all, they are there from the first step.
+            spatial = spatial + action + signal
         parts = [
-            self.actions(actions)[:, :, None],
-            self._signal_token(tau, d)[:, :, None],
+            action,
+            signal,
             spatial,
             jnp.broadcast_to(self.registers[...], (*wide, *self.registers.shape)),
         ]
@@ -200,6 +215,7 @@ class Dynamics(nnx.Module):
             jnp.concatenate(parts, axis=2),
             coordinates=coordinates,
             space_mask=mask,
+            placed=np.isin(np.arange(count), 2 + np.arange(self.cfg.tokenizer.tokens)),
             segments=segments,
             cache=read,
         )

@@ -98,13 +98,19 @@ def shortcut_forward(
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "B T D"] | None]:
     """`shortcut_loss` that also returns the agent read-out h of the noisy frames (None without a task).
 
-    Only the first `rows` rows carry the loss (all by default); the bootstrap branch takes the first of them.
+    Only the first `rows` rows carry the loss (all by default); the bootstrap branch takes the first of them. Frames of
+    the other rows are noised to the context level alone: it is the level at which h is read when the agent acts.
     """
     cfg = model.cfg.dynamics
     z1 = z1.astype(jnp.float32)
     rows = z1.shape[0] if rows is None else rows
     boot = bootstrap_rows(cfg, rows)
     z, tau, d, flow = noisy_frames(key, z1, cfg, boot)
+    if rows < z1.shape[0]:
+        level = jnp.full((z1.shape[0] - rows, z1.shape[1]), model.context_level, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(key, rows), z1[rows:].shape, jnp.float32)
+        z, tau = z.at[rows:].set(add_noise(z1[rows:], noise, level)), tau.at[rows:].set(level)
+        d = d.at[rows:].set(1.0 / cfg.k_max)
     with jax.named_scope("student"):
         out = model(z, tau, d, actions, task=task, segments=segments)
     target = z1
