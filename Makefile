@@ -16,7 +16,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589
 RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN)) \
   $(if $(filter-out 0,$(RESUME)),--resume)
 
-.PHONY: help install test test-slow lint format typecheck quickstart quickstart-full bench constraints clean
+.PHONY: help install test test-slow lint format typecheck quickstart quickstart-seeds quickstart-full bench constraints clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -53,11 +53,14 @@ typecheck: $(READY) ## Check types
 quickstart: $(READY) ## Record play, train all phases, evaluate, report: 15 minutes on 2 cores (SMOKE=1: under 3)
 	$(BIN)/dreamer4 run quickstart $(RUN_FLAGS)
 
+quickstart-seeds: $(READY) ## The quickstart on SEEDS (0 1 2 3 4), results into experiments/results/quickstart
+	$(BIN)/python -m experiments.quickstart_seeds $(if $(SEEDS),--seeds $(SEEDS))
+
 quickstart-full: $(READY) ## The longer quickstart, at most 90 minutes on 2 cores
 	$(BIN)/dreamer4 run quickstart --full $(RUN_FLAGS)
 
-bench: $(READY) ## Measure training and generation speed against this machine's matmul rate
-	$(BIN)/dreamer4 bench
+bench: $(READY) ## Measure training and generation speed against this machine's matmul rate (OUT=file keeps the figures)
+	$(BIN)/dreamer4 bench $(if $(OUT),--out $(OUT))
 
 constraints: ## Renew constraints.txt from the newest releases that pyproject.toml allows
 	rm -rf build/constraints

@@ -1,6 +1,6 @@
 """Phase 3 learns: in a chain of states that is solved exactly, and from recorded play to real episodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,7 @@ class ChainPhase:
     prior: PolicyHead
     config: PhaseConfig = PhaseConfig(steps=150, warmup=1, lr=0.01, decay=0.0)
     name: str = "imagination"
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def frozen(self):
