@@ -41,9 +41,7 @@ class TransformerConfig:
     # Constant query/key biases make attention start local: among the places of a frame, and at recent frames. 0: off.
     local_space: float = 0.0
     local_time: float = 0.0
-    local_shift: int = (
-        0  # places between a token and where its heads look at first: 1 is its neighbours, in space by turns
-    )
+    local_shift: int = 0  # how far from a token its heads look at first: 1 is its neighbours, in space by turns
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True  # scan over periods (one period compiled once); False unrolls them
     dtype: Literal["float32", "bfloat16"] = "float32"

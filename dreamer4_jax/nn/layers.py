@@ -52,16 +52,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """``x @ w (+ b)`` over the last axis, in the dtype of `x`."""
 
-    def __init__(
-        self,
-        key: Array,
-        shape: tuple[int, int],
-        axes: tuple[str | None, str | None],
-        *,
-        bias: bool = True,
-        scale: float = 1.0,
-    ):
-        self.w = fan_in(key, shape, axes, scale=scale)
+    def __init__(self, key: Array, shape: tuple[int, int], axes: tuple[str | None, str | None], *, bias: bool = True):
+        self.w = fan_in(key, shape, axes)
         self.b = zeros(shape[1:], axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Array:

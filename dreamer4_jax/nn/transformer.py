@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
         # Constants on both sides, the query's turned by the head's centre: after rotation their product peaks at the
         # key that stands where the centre points. Content starts small beside a strong one.
-        self.content = 1.0 / max(1.0, 1.6 * local)
+        self.content = 1.0 / max(1.0, 1.6 * local) if cfg.qk_norm else 1.0
         scale = jnp.full((dim,), self.content, jnp.float32)
         self.q_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
         self.k_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
