@@ -142,6 +142,7 @@ class AgentConfig:
     sample_steps: int = 4  # K during imagination
     relevant_fraction: float = 0.5
     dynamics_weight: float = 1.0  # of the normalised dynamics loss beside those of the heads (phase 2)
+    event_weight: float = 1.0  # of rewards (not 0) and ends among the targets of their heads (phase 2); 1: the paper's
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: 0 <= v < math.inf,
         "must be at least 0, and finite",
     ),
-    ("rope_base_time rope_base_space lr clip", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
+    ("rope_base_time rope_base_space lr clip event_weight", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
     (
         "lam alpha relevant_fraction input_floor bot noisy_bot burst image_fraction decay",
         lambda v: 0 <= v <= 1,

@@ -161,21 +161,23 @@ def attention(
     v: np.ndarray,
     mask: np.ndarray | None = None,
     softcap: float | None = None,
+    bias: np.ndarray | float = 0.0,
     scale: float | None = None,
 ) -> np.ndarray:
     """Multi-head attention with grouped keys and values.
 
     q [..., L, H, K]; k, v [..., S, G, K]; query head h reads key/value head h // (H / G); mask bool, broadcast to
-    [..., L, S], True where query may see key (each query must see one); logits q k / sqrt(K) (or * scale), then
-    softcap * tanh(logits / softcap); [..., L, H, K].
+    [..., L, S], True where query may see key (each query must see one); logits q k / sqrt(K) (or * scale) + bias
+    [..., H, L, S], then softcap * tanh(logits / softcap); [..., L, H, K].
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     heads, groups = q.shape[-2], k.shape[-2]
     out = np.empty((*q.shape[:-1], v.shape[-1]), np.float64)
+    bias = np.broadcast_to(bias, np.broadcast_shapes(np.shape(bias), (heads, q.shape[-3], k.shape[-3])))
     for h in range(heads):
         g = h // (heads // groups)
         logits = q[..., :, h, :] @ np.swapaxes(k[..., :, g, :], -1, -2)
-        logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+        logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale) + bias[..., h, :, :]
         if softcap:
             logits = softcap * np.tanh(logits / softcap)
         if mask is not None:

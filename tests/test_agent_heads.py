@@ -229,6 +229,22 @@ def test_losses_are_the_means_of_all_counted_targets(seed):
     assert all(np.isfinite(float(m)) for m in metrics.values())
 
 
+def test_event_weight_counts_rewards_and_ends_several_times():
+    """The weighted mean over slots: rewards that are not 0 and terminal frames count 5, all others 1; cloning stays."""
+    heads, h, batch = make_heads(random=True), make_h(), make_batch()
+    batch["reward"] = np.where(batch["reward"] > 0.5, batch["reward"], 0.0).astype(np.float32)
+    assert 0 < np.count_nonzero(batch["reward"]) < batch["reward"].size / 2
+    weighted, _ = jax.jit(lambda heads, h, batch: agent_losses(*heads, h, batch, event_weight=5.0))(heads, h, batch)
+    plain, _ = losses(heads, h, batch)
+    slots = slot_nll(heads, h, batch)
+    for name, event in (("reward", batch["reward"] != 0), ("continue", batch["is_terminal"])):
+        weights = {(b, t, n): 5.0 if event[b, t + n] else 1.0 for b, t, n in slots[name]}
+        expected = sum(weights[at] * nll for at, nll in slots[name].items()) / sum(weights.values())
+        np.testing.assert_allclose(weighted[name], expected, rtol=1e-4, err_msg=name)
+        assert abs(float(weighted[name] - plain[name])) > 1e-3
+    assert float(weighted["policy"]) == float(plain["policy"])
+
+
 def policy_targets(batch, change, heads=None, h=None):
     """Which (b, t, n) policy targets react to a change of the batch, by the loss of that slot's own logits."""
     heads, h = heads or make_heads(random=True), make_h() if h is None else h

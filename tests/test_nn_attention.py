@@ -54,6 +54,22 @@ def test_xla_path_with_masks_of_each_batch():
     np.testing.assert_allclose(both[0], expected, **CLOSE)
 
 
+def test_biases_are_added_to_the_logits_of_each_head():
+    q, k, v = arrays(2, 3)
+    heads = q.shape[-2]
+    rng = np.random.default_rng(1)
+    shared, own = rng.normal(size=(heads, 5, 5)), rng.normal(size=(2, 1, heads, 5, 5))
+    for bias in (jnp.asarray(shared, jnp.float32), jnp.asarray(own, jnp.float32)):
+        for softcap, impls in ((None, ("reference", "xla")), (1.5, ("reference",))):
+            expected = reference.attention(q, k, v, np.asarray(CAUSAL.dense()), softcap, np.asarray(bias, np.float64))
+            for impl in impls:
+                out = attention(q, k, v, CAUSAL, bias, softcap=softcap, impl=impl)
+                np.testing.assert_allclose(out, expected, **CLOSE)
+    parts = attention(q, (k[..., :2, :, :], k[..., 2:, :, :]), (v[..., :2, :, :], v[..., 2:, :, :]), (None, None),
+                      (bias[..., :2], bias[..., 2:]))  # fmt: skip
+    np.testing.assert_allclose(parts, reference.attention(q, k, v, bias=np.asarray(bias, np.float64)), **CLOSE)
+
+
 def test_xla_path_refuses_what_it_cannot_do():
     q, k, v = arrays()
     with pytest.raises(ValueError, match="softcap"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer4_jax.nn import Mask, Transformer
+from dreamer4_jax.nn import Mask, Transformer, layers
 from dreamer4_jax.nn import cache as ring
 from dreamer4_jax.nn.transformer import _centres, first_of_segment
 from tests import reference
@@ -71,15 +71,19 @@ def reference_forward(net, x, segments):
         y = reference.rms_norm(x, p.norm1.scale[...])
         q, k, v = (np.einsum("btnd,dhk->btnhk", y, np.asarray(w[...], np.float64)) for w in (a.q, a.k, a.v))
         q, k = reference.rms_norm(q, a.q_scale[...]), reference.rms_norm(k, a.k_scale[...])
-        if a.q_bias is not None:
-            q, k = q + np.asarray(a.q_bias[...]), k + np.asarray(a.k_bias[...])
         if over_time:
             q, k, v = (np.swapaxes(z, 1, 2) for z in (q, k, v))
             turn = partial(reference.rope_1d, positions=np.arange(frames), base=cfg.rope_base_time)
         else:
             turn = partial(reference.rope_2d, rows=PLACES[:, 0], columns=PLACES[:, 1], base=cfg.rope_base_space)
         q, k = (np.swapaxes(turn(np.swapaxes(z, -2, -3)), -2, -3) for z in (q, k))
-        y = reference.attention(q, k, v, time[:, None] if over_time else space, cfg.softcap)
+        bias = 0.0
+        if a.q_bias is not None:  # [H, L, K] and [1, L, K] -> [H, L, L]
+            tokens = q.shape[-3]
+            b_q = turn(np.repeat(np.asarray(a.q_bias[...], np.float64)[:, None], tokens, 1))
+            b_k = turn(np.repeat(np.asarray(a.k_bias[...], np.float64)[None, None], tokens, 1))
+            bias = b_q @ np.swapaxes(b_k, -1, -2) / np.sqrt(cfg.head_dim)
+        y = reference.attention(q, k, v, time[:, None] if over_time else space, cfg.softcap, bias)
         y = np.swapaxes(y, 1, 2) if over_time else y
         x = x + np.einsum("btnhk,hkd->btnd", y, np.asarray(a.o[...], np.float64))
         y = reference.rms_norm(x, p.norm2.scale[...])
@@ -123,20 +127,18 @@ def test_local_attention_starts_where_its_heads_are_centred(shift):
     np.testing.assert_allclose(net.periods.time.attention.q_bias[...][0], 4.0 * before, rtol=1e-6)
 
 
-def test_tokens_without_a_place_get_no_local_biases():
-    """Their keys are those of a layer without biases, their queries a multiple of them; the other tokens' are not.
-
-    At initialisation their content counts in full: the factor takes out the small scales of queries and keys.
-    """
+def test_tokens_without_a_place_neither_have_nor_attract_local_attention():
+    """What such a token computes is bit for bit what a layer without biases computes; the other tokens' is not."""
     net = model(transformer_config(layers=1, time_every=0, local_space=2.0))
-    attention = jax.tree.map(lambda leaf: leaf[0], net.periods).space[0].attention
-    bare = jax.tree.map(lambda x: x, attention)
-    bare.q_bias, bare.k_bias = (jax.tree.map(jnp.zeros_like, b) for b in (attention.q_bias, attention.k_bias))
-    x, placed = inputs(), np.array([True, False, True])
-    factors = ((1.6 * 2.0) ** 2, 1.0)
-    for some, none, factor in zip(attention.project(x, placed)[:2], bare.project(x)[:2], factors, strict=True):
-        np.testing.assert_allclose(some[:, :, 1], factor * none[:, :, 1], rtol=1e-5)
-        assert (np.abs(some - none)[:, :, [0, 2]].max(-1) > 1e-3).all()
+    layer = jax.tree.map(lambda leaf: leaf[0], net.periods).space[0]
+    bare = jax.tree.map(lambda x: x, layer)
+    bare.attention.q_bias = jax.tree.map(jnp.zeros_like, layer.attention.q_bias)
+    angles = layers.space_angles(PLACES, net.cfg.head_dim, net.cfg.rope_base_space)
+    run = jax.jit(lambda p, placed: p.space(inputs(), angles, Mask(), placed), static_argnums=1)
+    plain = run(bare, None)
+    some = run(layer, (True, False, True))
+    np.testing.assert_array_equal(some[:, :, 1], plain[:, :, 1])
+    assert (np.abs(some - plain)[:, :, [0, 2]].max(-1) > 1e-3).all()
 
 
 def test_bfloat16_follows_float32(deep):

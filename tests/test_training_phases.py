@@ -14,6 +14,7 @@ from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.training import loop, open_run, read_metrics, run_phase, state
+from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.phases import (
     AgentPhase,
     DynamicsPhase,
@@ -282,6 +283,23 @@ def test_which_rows_each_loss_of_phase_2_reads(data):
     np.testing.assert_array_equal(rows["dynamics"], ~batch["relevant"])
     np.testing.assert_array_equal(rows["policy"], batch["relevant"])
     assert rows["reward"].all() and rows["continue"].all()
+
+
+def test_the_weights_of_phase_2_reach_the_loss(data):
+    """agent.dynamics_weight scales the normalised dynamics term of the sum, agent.event_weight the targets of heads."""
+    cfg = config(**{"agent.dynamics_weight": 0.25, "agent.event_weight": 7.0})
+    phase, batch = AgentPhase(cfg, data[1], agent().dynamics), agent_batch(data)
+    phase.init = lambda key: agent()
+    assert phase.weights == {"dynamics": 0.25}
+    optimizer = make_optimizer(phase.config)
+    start = state.init_state(phase, optimizer, batch, jax.random.key(0))
+    _, metrics = state.make_train_step(phase, optimizer)(start, None, batch, jax.random.key(0))
+    others = sum(float(metrics[f"scaled/{name}"]) for name in ("policy", "reward", "continue"))
+    np.testing.assert_allclose(metrics["loss"], 0.25 * float(metrics["scaled/dynamics"]) + others, rtol=1e-5)
+
+    plain = AgentPhase(config(), data[1], agent().dynamics)
+    terms = [jax.jit(p.loss)(agent(), agent(), None, batch, jax.random.key(0))[0] for p in (phase, plain)]
+    assert np.asarray(batch["reward"]).any() and float(terms[0]["reward"]) != float(terms[1]["reward"])
 
 
 def test_cloning_never_sees_the_action_that_it_predicts_and_reward_does(data):

@@ -204,6 +204,8 @@ def agent_losses(
     cont: ContinueHead,
     h: Float[Array, "B T D"],
     batch: Mapping[str, Any],
+    *,
+    event_weight: float = 1.0,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Multi-token behaviour cloning, reward and continue losses (paper Eq 9), in nats per counted target.
 
@@ -213,6 +215,7 @@ def agent_losses(
 
     Args:
         batch: actions and present (dicts of [B, T, ...]), reward, is_first, is_terminal [B, T], relevant [B].
+        event_weight: weight of targets that are a reward (not 0) or an end, in the means of these two losses.
 
     Returns:
         Scalars "policy", "reward", "continue"; and metrics, all at offset n = 0.
@@ -233,12 +236,14 @@ def agent_losses(
     rewards = future(jnp.asarray(batch["reward"], jnp.float32), 0, count)
     bins = symexp_bins(reward.bins)
     reward_logits = reward.logits(h)
-    reward_loss = masked_mean(twohot_loss(reward_logits, rewards, bins), inside)
+    reward_loss = masked_mean(
+        twohot_loss(reward_logits, rewards, bins), inside * jnp.where(rewards != 0, event_weight, 1.0)
+    )
 
     alive = ~future(jnp.asarray(batch["is_terminal"]).astype(bool), 0, count)
     cont_logits = cont.logits(h)
     cont_nll = -jax.nn.log_sigmoid(jnp.where(alive, cont_logits, -cont_logits))
-    cont_loss = masked_mean(cont_nll, inside)
+    cont_loss = masked_mean(cont_nll, inside * jnp.where(alive, 1.0, event_weight))
 
     agreement = {name: a[:, :, 0] for name, a in actions.agreement(values).items()}
     error = jnp.abs(twohot_mean(reward_logits[:, :, 0], bins) - rewards[:, :, 0])

@@ -78,14 +78,16 @@ def _mix(p: Array, v: Array) -> Array:
     return out.reshape(*lead, r, length, v.shape[-1])
 
 
-def _reference(q, ks, vs, masks, softcap):
+def _reference(q, ks, vs, masks, biases, softcap):
     *lead, length, heads, dim = q.shape
     groups = ks[0].shape[-2]
     q = jnp.moveaxis(q.reshape(*lead, length, groups, heads // groups, dim), -4, -2)
     q = q * jnp.asarray(dim**-0.5, q.dtype)
     scores = []
-    for k, mask in zip(ks, masks, strict=True):
+    for k, mask, bias in zip(ks, masks, biases, strict=True):
         s = _scores(q, jnp.moveaxis(k, -2, -3))
+        if bias is not None:
+            s = s + bias.reshape(*bias.shape[:-3], groups, heads // groups, *bias.shape[-2:])
         if softcap:
             s = softcap * jnp.tanh(s / softcap)
         dense = None if mask is None else mask.dense()
@@ -106,31 +108,38 @@ def attention(
     k: Float[Array, "... S G K"] | Sequence[Array],
     v: Float[Array, "... S G K"] | Sequence[Array],
     mask: Mask | None | Sequence[Mask | None] = None,
+    bias: Float[Array, "... H L S"] | None | Sequence[Array | None] = None,
     *,
     softcap: float | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "... L H K"]:
-    """Grouped-query attention with soft-capped logits ``softcap * tanh(q k / sqrt(K) / softcap)``, softmax in float32.
+    """Grouped-query attention, softmax in float32; a soft cap turns a logit s into ``softcap * tanh(s / softcap)``.
 
-    `k`, `v` and `mask` may be sequences of equal length: one softmax over several sources (ring cache, new frames).
+    `k`, `v`, `mask` and `bias` may be sequences of equal length: one softmax over several sources (ring cache, new
+    frames).
 
     Args:
+      bias: float32, added to ``q k / sqrt(K)`` before the soft cap.
       impl: "reference" is einsums on any backend; "xla" is `jax.nn.dot_product_attention` (one source, no soft cap);
         "auto" takes "xla" where it applies on an accelerator.
     """
     ks = list(k) if isinstance(k, Sequence) else [k]
     vs = list(v) if isinstance(v, Sequence) else [v]
     masks = list(mask) if isinstance(mask, Sequence) else [mask]
+    biases = list(bias) if isinstance(bias, Sequence) else [bias] * len(ks)  # one bias fits one source, None any number
     one = len(ks) == 1 and not softcap
     if impl == "xla" and not one:
         raise ValueError("attention(impl='xla') takes one source and no softcap; use impl='reference'")
     if impl == "auto":
         impl = "xla" if one and jax.default_backend() != "cpu" else "reference"
     if impl == "reference":
-        return _reference(q, ks, vs, masks, softcap)
+        return _reference(q, ks, vs, masks, biases, softcap)
     *lead, length, heads, dim = q.shape
     dense = None if masks[0] is None else masks[0].dense()
     if dense is not None:
         dense = jnp.broadcast_to(dense, (*lead, *dense.shape[-2:])).reshape(-1, 1, *dense.shape[-2:])
+    if biases[0] is not None:
+        full = jnp.broadcast_to(biases[0], (*lead, *biases[0].shape[-3:]))
+        biases[0] = full.reshape(-1, *full.shape[-3:])
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-3:]) for x in (q, ks[0], vs[0]))
-    return jax.nn.dot_product_attention(flat_q, flat_k, flat_v, mask=dense).reshape(q.shape)
+    return jax.nn.dot_product_attention(flat_q, flat_k, flat_v, bias=biases[0], mask=dense).reshape(q.shape)

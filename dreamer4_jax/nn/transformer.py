@@ -33,17 +33,16 @@ class Attention(nnx.Module):
         scale = (2 * cfg.layers) ** -0.5
         self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
         # Constants on both sides, the query's turned by the head's centre: after rotation their product peaks at the
-        # key that stands where the centre points. Content starts small beside a strong one.
-        self.content = 1.0 / max(1.0, 1.6 * local) if cfg.qk_norm else 1.0
-        scale = jnp.full((dim,), self.content, jnp.float32)
-        self.q_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
-        self.k_scale = nnx.Param(scale, axes=("head_dim",)) if cfg.qk_norm else None
+        # key that stands where the centre points.
+        ones = jnp.ones((dim,), jnp.float32)
+        self.q_scale = nnx.Param(ones, axes=("head_dim",)) if cfg.qk_norm else None
+        self.k_scale = nnx.Param(ones, axes=("head_dim",)) if cfg.qk_norm else None
         self.q_bias = nnx.Param(local * centres, axes=("heads", "head_dim")) if local else None
         self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if local else None
         self.softcap = cfg.softcap or None
 
-    def project(self, x: Float[Array, "... N D"], placed: Placed = None) -> tuple[Array, Array, Array]:
-        """q [..., N, H, K], k and v [..., N, G, K], normalised but not rotated. Tokens not `placed` get no biases."""
+    def project(self, x: Float[Array, "... N D"]) -> tuple[Array, Array, Array]:
+        """q [..., N, H, K], k and v [..., N, G, K], normalised but not rotated."""
         d, h, dim = self.q.shape
         g = self.k.shape[1]
         # One product for the three: short of width, three thin ones waste the machine.
@@ -53,15 +52,25 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(*x.shape[:-1], -1, dim) for y in (q, k, v))
         if self.q_scale is not None and self.k_scale is not None:
             q, k = layers.rms_norm(q, self.q_scale[...]), layers.rms_norm(k, self.k_scale[...])
-        if self.q_bias is not None and self.k_bias is not None:
-            q_bias, k_bias = self.q_bias[...].astype(q.dtype), self.k_bias[...].astype(k.dtype)
-            if placed is not None:
-                at = jnp.asarray(placed, q.dtype)[:, None, None]
-                q_bias, k_bias = at * q_bias, at * k_bias
-                # Their content need not start small: it is all that they look for.
-                q = q * (at + (1.0 - at) / self.content**2)
-            q, k = q + q_bias, k + k_bias
         return q, k, v
+
+    def local(
+        self, q_angles: Array | np.ndarray, k_angles: Array | np.ndarray, axes: int = 1
+    ) -> Float[Array, "... H L S"] | None:
+        """Logits of local attention between tokens at two sets of angles [..., K/2]: the rotated biases' product.
+
+        Added to those of the content instead of to queries and keys, where each bias would also meet the other
+        side's content.
+        """
+        if self.q_bias is None or self.k_bias is None:
+            return None
+        q = layers.rotate(
+            jnp.broadcast_to(self.q_bias[...], (*q_angles.shape[:-1], *self.q_bias.shape)), q_angles, axes
+        )
+        k = layers.rotate(
+            jnp.broadcast_to(self.k_bias[...], (*k_angles.shape[:-1], 1, *self.k_bias.shape)), k_angles, axes
+        )
+        return jnp.einsum("...lhk,...sgk->...hls", q, k) * q.shape[-1] ** -0.5
 
     def output(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
         h, dim, d = self.o.shape
@@ -82,28 +91,38 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask, placed: Placed
     ) -> Float[Array, "B T N D"]:
         with jax.named_scope("space_attention"):
-            q, k, v = self.attention.project(self.norm1(x), placed)
+            q, k, v = self.attention.project(self.norm1(x))
             q, k = layers.rotate(q, angles, axes=2), layers.rotate(k, angles, axes=2)
-            x = x + self.attention.output(attention(q, k, v, mask, softcap=self.attention.softcap))
+            bias = self.attention.local(angles, angles, axes=2)
+            if bias is not None and placed is not None:
+                bias = bias * np.outer(placed, placed)
+            x = x + self.attention.output(attention(q, k, v, mask, bias, softcap=self.attention.softcap))
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x))
 
     def time(
-        self, x: Float[Array, "B T N D"], angles: Array, mask: Mask, past: tuple[Array, Array, Mask] | None
+        self, x: Float[Array, "B T N D"], angles: Array, mask: Mask, past: tuple[Array, Array, Array, Mask] | None
     ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
-        """`past`: keys and values [B, N, W, G, K] of the ring and their mask. Returns also the new keys and values
-        [B, N, T, G, K]."""
+        """`past`: keys and values [B, N, W, G, K] of the ring, its angles and mask. Returns also the new keys and
+        values [B, N, T, G, K]."""
         with jax.named_scope("time_attention"):
             q, k, v = self.attention.project(self.norm1(x))
             q, k = layers.rotate(q, angles[:, :, None]), layers.rotate(k, angles[:, :, None])
             q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
+            bias = self._local_in_time(angles, angles)
             if past is None:
-                y = attention(q, k, v, mask, softcap=self.attention.softcap)
+                y = attention(q, k, v, mask, bias, softcap=self.attention.softcap)
             else:
-                y = attention(q, (past[0], k), (past[1], v), (past[2], mask), softcap=self.attention.softcap)
+                ks, vs, masks = (past[0], k), (past[1], v), (past[3], mask)
+                biases = self._local_in_time(angles, past[2]), bias
+                y = attention(q, ks, vs, masks, biases, softcap=self.attention.softcap)
             x = x + self.attention.output(jnp.swapaxes(y, 1, 2))
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x)), (k, v)
+
+    def _local_in_time(self, q_angles: Array, k_angles: Array) -> Float[Array, "B 1 H L S"] | None:
+        bias = self.attention.local(q_angles, k_angles)
+        return None if bias is None else bias[:, None]
 
 
 def _centres(cfg: TransformerConfig) -> tuple[Array, Array]:
@@ -174,9 +193,10 @@ class Transformer(nnx.Module):
         of_token = positions[:, None]  # [B, 1, T], the same for every token
         seg = None if segments is None else segments[:, None]
         mask = Mask(q_pos=of_token, k_pos=of_token, q_seg=seg, k_seg=seg, window=cfg.window)
-        past_mask = None
+        past_mask = past_angles = None
         if cache is not None:
             ring_seg = None if segments is None else jnp.broadcast_to(segments[:, None, :1], cache.pos[:, None].shape)
+            past_angles = layers.time_angles(cache.pos, cfg.head_dim, cfg.rope_base_time)
             past_mask = Mask(of_token, cache.pos[:, None], seg, ring_seg, window=cfg.window)
         keep = keep or cache is not None
 
@@ -186,7 +206,7 @@ class Transformer(nnx.Module):
                 x = layer.space(x, space, space_mask, placed)
             if period.time is None:
                 return x, None
-            x, kv = period.time.time(x, time, mask, None if ring is None else (*ring, past_mask))
+            x, kv = period.time.time(x, time, mask, None if ring is None else (*ring, past_angles, past_mask))
             return x, kv if keep else None
 
         if cfg.remat == "full":

@@ -154,7 +154,9 @@ class AgentPhase:
             rows=uniform,
         )
         assert h is not None
-        terms, heads = agent_losses(model.policy, model.reward, model.cont, h, batch)
+        terms, heads = agent_losses(
+            model.policy, model.reward, model.cont, h, batch, event_weight=self.full.agent.event_weight
+        )
         return {"dynamics": loss} | terms, metrics | heads
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
