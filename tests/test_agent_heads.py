@@ -230,19 +230,53 @@ def test_losses_are_the_means_of_all_counted_targets(seed):
 
 
 def test_event_weight_counts_rewards_and_ends_several_times():
-    """The weighted mean over slots: rewards that are not 0 and terminal frames count 5, all others 1; cloning stays."""
+    """The weighted mean over slots: rewards that are not 0 and terminal frames count 5, all others 1; cloning stays.
+
+    The odds of "no reward" and "goes on" are 5 times those in the loss (logit adjustment)."""
     heads, h, batch = make_heads(random=True), make_h(), make_batch()
     batch["reward"] = np.where(batch["reward"] > 0.5, batch["reward"], 0.0).astype(np.float32)
     assert 0 < np.count_nonzero(batch["reward"]) < batch["reward"].size / 2
     weighted, _ = jax.jit(lambda heads, h, batch: agent_losses(*heads, h, batch, event_weight=5.0))(heads, h, batch)
-    plain, _ = losses(heads, h, batch)
-    slots = slot_nll(heads, h, batch)
+    policy, reward, cont = heads
+    reward.mlp.bias[...] = reward.mlp.bias[...].at[:, CFG.bins // 2].add(-np.log(5.0))
+    cont.mlp.bias[...] = cont.mlp.bias[...] - np.log(5.0)
+    slots = slot_nll((policy, reward, cont), h, batch)
     for name, event in (("reward", batch["reward"] != 0), ("continue", batch["is_terminal"])):
         weights = {(b, t, n): 5.0 if event[b, t + n] else 1.0 for b, t, n in slots[name]}
         expected = sum(weights[at] * nll for at, nll in slots[name].items()) / sum(weights.values())
         np.testing.assert_allclose(weighted[name], expected, rtol=1e-4, err_msg=name)
-        assert abs(float(weighted[name] - plain[name])) > 1e-3
-    assert float(weighted["policy"]) == float(plain["policy"])
+    assert float(weighted["policy"]) == float(losses(heads, h, batch)[0]["policy"])
+
+
+def test_event_weight_leaves_the_learned_probabilities_alone():
+    """Heads that see nothing learn the frequencies, whatever the weight: here 1 reward of 0.5 and 1 end in 8 frames."""
+    cfg = AgentConfig(mtp=0, hidden=4, head_layers=0, bins=255)
+    batch = {
+        "actions": {"move": np.zeros((1, 8), np.int32)},
+        "present": {"move": np.ones((1, 8), bool)},
+        "reward": np.where(np.arange(8) == 3, 0.5, 0.0)[None].astype(np.float32),
+        "is_first": np.zeros((1, 8), bool),
+        "is_terminal": (np.arange(8) == 3)[None],
+        "relevant": np.ones(1, bool),
+    }
+    h, tx = jnp.ones((1, 8, D)), optax.adam(0.03)
+    for weight in (1.0, 10.0):
+
+        @jax.jit
+        def step(heads, state, weight=weight):
+            def total(heads):
+                terms, _ = agent_losses(*heads, h, batch, event_weight=weight)
+                return terms["reward"] + terms["continue"]
+
+            updates, state = tx.update(jax.grad(total)(heads), state, heads)
+            return optax.apply_updates(heads, updates), state
+
+        heads = make_heads(cfg, PARTS[:1])
+        state = tx.init(heads)
+        for _ in range(1500):
+            heads, state = step(heads, state)
+        np.testing.assert_allclose(heads[1].mean(h), 0.5 / 8, atol=2e-3)
+        np.testing.assert_allclose(heads[2].prob(h), 7 / 8, atol=2e-3)
 
 
 def policy_targets(batch, change, heads=None, h=None):

@@ -215,7 +215,8 @@ def agent_losses(
 
     Args:
         batch: actions and present (dicts of [B, T, ...]), reward, is_first, is_terminal [B, T], relevant [B].
-        event_weight: weight of targets that are a reward (not 0) or an end, in the means of these two losses.
+        event_weight: weight of targets that are a reward (not 0) or an end, in the means of these two losses. Rare
+            events are learned sooner; the probabilities that the heads learn do not depend on it.
 
     Returns:
         Scalars "policy", "reward", "continue"; and metrics, all at offset n = 0.
@@ -231,18 +232,18 @@ def agent_losses(
     counted = jnp.any(jnp.stack(list(present.values())), axis=0)
     policy_loss = masked_mean(-actions.log_prob(values, present), counted)
 
-    # Reward and continue: from the frame itself on.
-    inside = same_episode(is_first, 0, count)
+    # Reward and continue: from the frame itself on. Logits shifted by the weight's logarithm: what weighting adds to
+    # the odds of an event is then in the shift, and the heads themselves predict how often it happens.
+    inside, shift = same_episode(is_first, 0, count), jnp.log(event_weight)
     rewards = future(jnp.asarray(batch["reward"], jnp.float32), 0, count)
     bins = symexp_bins(reward.bins)
     reward_logits = reward.logits(h)
-    reward_loss = masked_mean(
-        twohot_loss(reward_logits, rewards, bins), inside * jnp.where(rewards != 0, event_weight, 1.0)
-    )
+    reward_nll = twohot_loss(reward_logits - shift * (bins == 0), rewards, bins)
+    reward_loss = masked_mean(reward_nll, inside * jnp.where(rewards != 0, event_weight, 1.0))
 
     alive = ~future(jnp.asarray(batch["is_terminal"]).astype(bool), 0, count)
     cont_logits = cont.logits(h)
-    cont_nll = -jax.nn.log_sigmoid(jnp.where(alive, cont_logits, -cont_logits))
+    cont_nll = -jax.nn.log_sigmoid(jnp.where(alive, 1.0, -1.0) * (cont_logits - shift))
     cont_loss = masked_mean(cont_nll, inside * jnp.where(alive, 1.0, event_weight))
 
     agreement = {name: a[:, :, 0] for name, a in actions.agreement(values).items()}

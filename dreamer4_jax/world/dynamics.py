@@ -133,7 +133,8 @@ class Dynamics(nnx.Module):
         self.embed = layers.Linear(keys[3], (cfg.tokenizer.token_channels, width), ("channel", "embed"))
         self.place = layers.normal(keys[4], (cfg.tokenizer.tokens, width), ("token", "embed"))
         self.registers = layers.normal(keys[5], (count, width), ("register", "embed"))
-        self.agent = layers.normal(keys[6], (d.agent_tokens, width), ("agent", "embed"))
+        # Apart from the start: they add the same task, and equal tokens would read the same thing.
+        self.agent = layers.normal(keys[6], (d.agent_tokens, width), ("agent", "embed"), std=0.5)
         self.task = TaskEncoder(keys[7], cfg.agent.task_words, cfg.agent.task_vocab, width)
         self.transformer = Transformer(keys[8], d.transformer)
         self.flow = layers.Linear(keys[9], (width, cfg.tokenizer.token_channels), ("embed", "channel"))
