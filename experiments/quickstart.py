@@ -44,7 +44,6 @@ QUICK: dict[str, Any] = {
     # At 0.02 the heads learned no sooner and the world model lost the agent in most frames, at 1 they learned later.
     "agent.dynamics_weight": 0.25,
     "agent.mtp": 2,
-    "agent.relevant_fraction": 0.67,
     # One frame in fifteen holds a reward: counted once, the read-out stays at "never" for most of the budget.
     "agent.event_weight": 10.0,
     "train.tokenizer.steps": 1000,
