@@ -196,7 +196,9 @@ class Run:
             models = {"shortcut forcing": self.model("dynamics")}
             if self.config.evaluate.diffusion_baseline:
                 models["diffusion forcing"] = self.model("diffusion")
-            pictures, clips = reconstruction(tokenizer, held), step_count(self.config, models, tokenizer, held)
+            tuned = self.model("agent").dynamics if model_path(self.dir, "agent").is_dir() else None
+            pictures = reconstruction(tokenizer, held)
+            clips = step_count(self.config, models, tokenizer, held, finetuned=tuned)
             arrays = {f"reconstruction_{k}": v for k, v in pictures.pop("shown").items()}
             arrays |= {f"clip_{k}": v for k, v in clips.pop("shown").items()}
             return {"reconstruction": pictures, **clips, "arrays": arrays}

@@ -154,15 +154,18 @@ def test_every_step_count_runs_the_same_program_and_the_controls_are_there(data)
     tokenizer, first, second = models()
     clips = held(data)
     before = rollouts._generate._cache_size()
-    out = step_count(config(), {"shortcut forcing": first, "diffusion forcing": second}, tokenizer, clips, shown=2)
-    assert rollouts._generate._cache_size() == before + 1  # for every K, the controls, and both models
+    both = {"shortcut forcing": first, "diffusion forcing": second}
+    out = step_count(config(), both, tokenizer, clips, finetuned=second, shown=2)
+    assert rollouts._generate._cache_size() == before + 1  # for every K, the controls, and all models
     assert [m["name"] for m in out["steps"]["models"]] == ["shortcut forcing", "diffusion forcing"]
     for model in out["steps"]["models"]:
         assert [row["steps"] for row in model["rows"]] == [1, 2, 4, 8]
         assert all(row["milliseconds"] > 0 for row in model["rows"])
     assert [c["name"] for c in out["conditions"]] == [
-        f"{m}, {a} actions" for m in ("shortcut forcing", "diffusion forcing") for a in ("true", "shuffled")
+        *(f"{m}, {a} actions" for m in ("shortcut forcing", "diffusion forcing") for a in ("true", "shuffled")),
+        "after phase 2, true actions",
     ]
+    assert out["conditions"][4]["average"] == out["conditions"][2]["average"]  # here it is the second model again
     assert out["steps_shown"] == rollouts.SHOWN_STEPS == 4
     shown = out["shown"]
     assert shown["context"].shape == (2, 2, 16, 16, 3) and shown["real"].shape == shown["imagined"].shape
@@ -246,6 +249,15 @@ def test_targets_of_the_world_model():
     blind = measured()
     blind["conditions"][1] = blind["conditions"][0]  # shuffled actions cost nothing
     assert verdicts(world_model_targets(blind)) == [True] * 4 + [False, True, True]
+
+
+def test_phase_2_must_not_spoil_the_world_model():
+    kept, spoiled = measured(), measured()
+    kept["conditions"].append({"name": rollouts.FINETUNED, "average": kept["conditions"][0]["average"]})
+    worse = spoiled["conditions"][0]["average"] | {"changed_accuracy": interval(0.3)}
+    spoiled["conditions"].append({"name": rollouts.FINETUNED, "average": worse})
+    assert verdicts(world_model_targets(kept)) == [True] * 8
+    assert verdicts(world_model_targets(spoiled)) == [True] * 6 + [False, True]
 
 
 def test_targets_where_no_tile_changed_are_not_met_instead_of_a_crash():

@@ -116,7 +116,7 @@ def test_a_run_goes_from_recording_to_report(finished):
     assert {"psnr", "ssim", "symbol_accuracy"} <= set(data["reconstruction"])
     assert [row["steps"] for row in data["steps"]["models"][0]["rows"]] == [1, 2]
     names = [c["name"] for c in data["world_model"]["conditions"]]
-    assert names == ["shortcut forcing, true actions", "shortcut forcing, shuffled actions"]
+    assert names == [*(f"shortcut forcing, {a} actions" for a in ("true", "shuffled")), "after phase 2, true actions"]
     # The policies: a blind one beside the agents (15), each agent sampled and greedy (16), on the same episodes.
     results = data["closed_loop"]["results"]
     assert tuple(r.policy for r in results) == POLICIES

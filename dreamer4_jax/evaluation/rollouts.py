@@ -19,6 +19,7 @@ from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.shortcut import generate
 from dreamer4_jax.world.tokenizer import Tokenizer
 
+FINETUNED = "after phase 2, true actions"  # the condition's name
 SHOWN_STEPS = 4  # the paper's K: what clips, controls and targets are shown at
 
 
@@ -142,9 +143,19 @@ def reconstruction(tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6) -> di
 
 
 def step_count(
-    config: Config, models: Mapping[str, Dynamics], tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6
+    config: Config,
+    models: Mapping[str, Dynamics],
+    tokenizer: Tokenizer,
+    held: HeldOut,
+    *,
+    finetuned: Dynamics | None = None,
+    shown: int = 6,
 ) -> dict[str, Any]:
     """Imagined clips at the true actions for K = 1, 2, 4, .., k_max, and a control with shuffled actions.
+
+    Args:
+      finetuned: the dynamics after phase 2, measured at one K as another condition: it is the one that imagination
+        training rolls out, and its heads' losses could have spoiled it.
 
     Returns:
       {"steps": {"models": [..], "device"}, "conditions": [..], "steps_shown": K}, and under "shown" frames of the first
@@ -176,6 +187,9 @@ def step_count(
         conditions.append({"name": f"{name}, true actions", **scores[control].summary()})
         wrong, _ = imagine(model, held.shuffled(config.seed), control)
         conditions.append({"name": f"{name}, shuffled actions", **held.score(wrong).summary()})
+    if finetuned is not None:
+        video = imagine_clips(finetuned, tokenizer, held, control, config.seed)
+        conditions.append({"name": FINETUNED, **held.score(video).summary()})
     first = next(iter(models))
     return {
         "steps": {**out, "device": f"{jax.devices()[0].device_kind}, batch {len(held.frames)}"},
