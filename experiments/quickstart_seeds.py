@@ -5,8 +5,8 @@
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
 is there. Writes into --out (experiments/results/quickstart): seed<N>.json with the numbers of the run's report,
-seed<N>.png and .webp with imagined clips, summary.json, and success.png with the success rates of all policies on
-all seeds.
+seed<N>.png and .webp with imagined clips, summary.json, success.png with the success rates of all policies on all
+seeds, and README.md with the same as tables.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dreamer4_jax.evaluation import media
+from dreamer4_jax.evaluation.rollouts import FINETUNED
 from dreamer4_jax.evaluation.summary import CLONED, IMAGINED
 from dreamer4_jax.runner import Run
 from dreamer4_jax.training.metrics import write_atomic
@@ -68,6 +69,59 @@ def summarize(kept: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tables(kept: list[dict[str, Any]], met: dict[str, str]) -> str:
+    """The figures of all seeds as Markdown."""
+
+    def percent(interval: dict[str, float] | None) -> str:
+        if interval is None:
+            return ""
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * interval[k] for k in ("mean", "low", "high")))
+
+    def table(head: list[str], rows: list[list[str]]) -> str:
+        return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]) + "\n"
+
+    def condition(k: dict[str, Any], name: str, field: str) -> str:
+        return percent(next((c["average"][field] for c in k["conditions"] if c["name"] == name), None))
+
+    world, success = [], []
+    for k in kept:
+        rows = k["steps"]["models"][0]["rows"]
+        true = "shortcut forcing, true actions"
+        world.append(
+            [
+                str(k["seed"]),
+                percent(k["reconstruction"]["symbol_accuracy"]),
+                f"{k['reconstruction']['psnr']['mean']:.1f}",
+                condition(k, true, "symbol_accuracy"),
+                condition(k, true, "repeat_accuracy"),
+                *(percent(row["symbol_accuracy"]) for row in (rows[0], rows[-1])),
+                condition(k, true, "changed_accuracy"),
+                condition(k, true, "repeat_changed_accuracy"),
+                condition(k, "shortcut forcing, shuffled actions", "changed_accuracy"),
+                condition(k, FINETUNED, "changed_accuracy"),
+            ]
+        )
+        of = {p["policy"]: percent(p["success"]) for p in k["policies"]}
+        success.append([str(k["seed"]), *(of[name] for name in SHOWN), f"{k['minutes']:.1f}"])
+    first = kept[0]
+    last = first["steps"]["models"][0]["rows"][-1]["steps"]
+    head = ["seed", "reconstruction", "dB", "K = 4", "repeat", "K = 1", f"K = {last}"]
+    head += ["changed: K = 4", "repeat", "shuffled", "after phase 2"]
+    machine = ", ".join(f"{name} {value}" for name, value in first["machine"].items() if name != "date")
+    episodes = first["policies"][0]["episodes"]
+    return (
+        f"Made by `{first['command'].split(' --seeds')[0]}`; machine of the first seed: {machine}. In brackets 95 %\n"
+        "bootstrap intervals over the clips or episodes of one run; they say nothing about other seeds.\n\n"
+        "Tiles that are right, in per cent, on held-out frames and over the imagined frames of held-out clips at the\n"
+        "true actions; of all tiles, and of those that change:\n\n"
+        + table(head, world)
+        + f"\nSuccess in the real environment, in per cent of {episodes} episodes, and minutes of the whole run:\n\n"
+        + table(["seed", *SHOWN, "minutes"], success)
+        + "\nTargets met, of the seeds above:\n\n"
+        + table(["target", "seeds"], [[name, count] for name, count in met.items()])
+    )
+
+
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Success with 95 % intervals: one group of points for each policy, one point for each seed."""
     import matplotlib
@@ -104,6 +158,7 @@ def main() -> None:
     kept = [run_seed(args.size, seed, args.runs, args.out) for seed in args.seeds]
     summary = summarize(kept)
     write_atomic(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    (args.out / "README.md").write_text(tables(kept, summary["targets_met"]))
     draw(summary, args.out / "success.png")
     print(json.dumps(summary["targets_met"], indent=1))
 
