@@ -128,7 +128,7 @@ def test_a_run_goes_from_recording_to_report(finished):
     for r in results:
         assert r.policy in json.dumps(stored)
     # Every target has a verdict, and every stage and phase its cost.
-    assert all(isinstance(t["passed"], bool) for t in data["targets"]) and len(data["targets"]) == 11
+    assert all(isinstance(t["passed"], bool) for t in data["targets"]) and len(data["targets"]) == 12
     assert {p["name"] for p in data["phases"]} >= {*PHASES, "collect", "tokens", "evaluate", "evaluate_world_model"}
     page = (directory / "report.html").read_text()
     for text in (*POLICIES[2:4], "shuffled actions", "BabyAI-GoToLocal-v0"):
