@@ -243,6 +243,14 @@ def test_cached_equals_uncached_through_a_wrap(deep):
     assert np.array_equal(cache.next, [CLIP, CLIP])
 
 
+def test_local_attention_in_time_reaches_into_the_ring_as_into_the_window():
+    """The biases' logits depend on where the cached frames stand, not on their slots."""
+    cfg = replace(DEEP, local_space=1.5, local_time=2.0, local_shift=1)
+    net, x = model(cfg), inputs(2, CLIP)
+    y, _ = steps(net, x, ring.empty(cfg, 2, N))
+    np.testing.assert_allclose(y, forward(net, x, WHOLE), rtol=2e-5, atol=2e-5)
+
+
 def test_a_prefill_equals_steps(deep):
     x = inputs(2, CLIP)
     y, cache = step(deep, x[:, :10], ring.empty(DEEP, 2, N))

@@ -134,6 +134,7 @@ class AgentPhase:
     @property
     def weights(self) -> Mapping[str, float]:
         # The dynamics has learned its part: normalised, the rest of its loss is noise as large as the heads' signal.
+        # With too small a weight the heads' losses spoil it: watch what is measured "after phase 2".
         return {"dynamics": self.full.agent.dynamics_weight}
 
     def init(self, key: Array) -> Agent:
