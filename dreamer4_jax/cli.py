@@ -62,6 +62,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run directory if it holds a run")
     parser.add_argument("--data", metavar="DIR", help="a recorded dataset to use instead of recording one")
     parser.add_argument("--quiet", action="store_true", help="no progress output")
+    parser.add_argument(
+        "--mesh", metavar="SIZES", help="devices to train on, e.g. data=4,ctx=2 (as many as divide the batches)"
+    )
 
 
 def _directory(config: Config, args: argparse.Namespace) -> Path:
@@ -69,9 +72,15 @@ def _directory(config: Config, args: argparse.Namespace) -> Path:
 
 
 def _open(config: Config, args: argparse.Namespace) -> "Run":
+    from dreamer4_jax.parallel import MeshSpec, start
+
+    mesh = MeshSpec.parse(args.mesh) if args.mesh else None
+    start()
     from dreamer4_jax.runner import Run
 
-    return Run(config, _directory(config, args), resume=args.resume, progress=not args.quiet, data_dir=args.data)
+    return Run(
+        config, _directory(config, args), resume=args.resume, progress=not args.quiet, data_dir=args.data, mesh=mesh
+    )
 
 
 def _reopen(directory: str) -> "Run":

@@ -192,6 +192,12 @@ class PhaseConfig:
     log_every: int = 20
     save_every: int = 500
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of a short batch and, if there are any, of a long one, which holds about as many frames."""
+        long = (max(1, self.batch * self.length // self.long_length),) if self.long_length else ()
+        return (self.batch, *long)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -381,7 +387,7 @@ def validate(c: Config) -> None:
         for at, share in (("dynamics", 1.0), ("agent", 1.0 - a.relevant_fraction)):
             p = getattr(c.train, at)
             # Long batches have fewer rows, so that a step costs about the same.
-            rows = min(p.batch, p.batch * p.length // p.long_length) if p.long_length else p.batch
+            rows = min(p.rows)
             _require(
                 math.floor(rows * share + 1e-6) >= 2,
                 f"train.{at}.batch",

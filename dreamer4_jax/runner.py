@@ -33,6 +33,8 @@ from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evalua
 from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh
+from dreamer4_jax.parallel.sharding import check_rows
 from dreamer4_jax.training.checkpoint import CheckpointError, load_model
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
 from dreamer4_jax.training.metrics import read_ledger, write_atomic
@@ -51,6 +53,8 @@ class Run:
       config: the experiment.
       run_dir: made if missing; refused if it belongs to another config, or if it is in use and `resume` is False.
       data_dir: recorded dataset to use instead of recording one into the run directory.
+      mesh: the devices to train on; by default as many as every phase's batch can be divided among. The results are
+        the same on any, up to rounding.
     """
 
     def __init__(
@@ -61,8 +65,18 @@ class Run:
         resume: bool = False,
         progress: bool = True,
         data_dir: str | Path | None = None,
+        mesh: MeshSpec | None = None,
     ):
         self.config = config
+        phases = [getattr(config.train, name) for name in PHASES]
+        rows = [n for phase in phases for n in phase.rows]
+        if mesh is None:
+            self.mesh = make_mesh(devices=jax.devices()[: common_divisor(rows, jax.device_count())])
+        else:
+            self.mesh = make_mesh(mesh)
+        for name, phase in zip(PHASES, phases, strict=True):
+            for n in phase.rows:
+                check_rows(n, self.mesh, f"train.{name}: rows of a batch")
         self._models: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}
         # What can be known to be wrong is found before the run directory is made.
@@ -140,8 +154,10 @@ class Run:
                 seed=self.config.seed,
                 resume=self.resume or finished,
                 progress=self.progress,
+                mesh=self.mesh,
             )
-            self._models[name] = result.ema
+            # Whole on one device, where the models are evaluated.
+            self._models[name] = jax.device_put(result.ema, jax.local_devices()[0])
         return self._models[name]
 
     def _phase(self, name: str) -> Any:

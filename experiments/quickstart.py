@@ -12,7 +12,8 @@ from typing import Any
 
 from dreamer4_jax.config import Config, override, preset
 
-LEVELS = "BabyAI-GoToObj-v0,BabyAI-GoToRedBlueBall-v0,BabyAI-OneRoomS8-v0,BabyAI-GoToLocal-v0"
+# One to three objects in a room: among the eight of GoToLocal, the heads found what a mission means too late.
+LEVELS = "BabyAI-GoToObj-v0,BabyAI-GoToLocalS8N2-v0,BabyAI-GoToLocalS8N3-v0,BabyAI-OneRoomS8-v0"
 
 QUICK: dict[str, Any] = {
     "name": "quickstart",

@@ -19,6 +19,7 @@ import numpy as np
 from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.rollouts import FINETUNED
 from dreamer4_jax.evaluation.summary import CLONED, IMAGINED
+from dreamer4_jax.parallel import start
 from dreamer4_jax.runner import Run
 from dreamer4_jax.training.metrics import write_atomic
 from experiments.quickstart import config
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("experiments/results/quickstart"))
     args = parser.parse_args()
+    start()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = [run_seed(args.size, seed, args.runs, args.out) for seed in args.seeds]
     summary = summarize(kept)

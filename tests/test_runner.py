@@ -75,8 +75,10 @@ def quick():
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-    def make_train_step(phase, optimizer):
-        return jax.jit(state.make_train_step(phase, optimizer).__wrapped__, donate_argnums=0, compiler_options=options)
+    def make_train_step(phase, optimizer, shardings):
+        return jax.jit(
+            state.make_train_step(phase, optimizer, shardings).__wrapped__, donate_argnums=0, compiler_options=options
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", make_train_step)

@@ -46,9 +46,9 @@ def compile_once():
     """
     steps = {}
 
-    def make_train_step(phase, optimizer):
+    def make_train_step(phase, optimizer, shardings):
         key = type(phase).loss, replace(phase.config, save_every=1, log_every=1)
-        return steps.setdefault(key, state.make_train_step(phase, optimizer))
+        return steps.setdefault(key, state.make_train_step(phase, optimizer, shardings))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", make_train_step)

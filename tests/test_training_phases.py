@@ -78,8 +78,8 @@ def compile_once():
     """One step for all phases of a kind and config, compiled without optimisation: compiling is all the cost here."""
     steps = {}
 
-    def make_train_step(phase, optimizer):
-        step = state.make_train_step(phase, optimizer).__wrapped__
+    def make_train_step(phase, optimizer, shardings):
+        step = state.make_train_step(phase, optimizer, shardings).__wrapped__
         quick = jax.jit(step, donate_argnums=0, compiler_options=QUICK)
         return steps.setdefault((type(phase), phase.full), quick)
 

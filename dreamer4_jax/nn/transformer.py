@@ -16,6 +16,7 @@ from dreamer4_jax.config import TransformerConfig
 from dreamer4_jax.nn import layers
 from dreamer4_jax.nn.attention import Mask, attention
 from dreamer4_jax.nn.cache import Cache
+from dreamer4_jax.parallel.sharding import constrain
 
 Placed = Bool[np.ndarray, " N"] | None  # which tokens have a place in the frame; None: all
 
@@ -91,6 +92,7 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask, placed: Placed
     ) -> Float[Array, "B T N D"]:
         with jax.named_scope("space_attention"):
+            x = constrain(x, "batch", "sharded", None, None)  # every device has frames of its own, whole
             q, k, v = self.attention.project(self.norm1(x))
             q, k = layers.rotate(q, angles, axes=2), layers.rotate(k, angles, axes=2)
             bias = self.attention.local(angles, angles, axes=2)
@@ -108,7 +110,8 @@ class Layer(nnx.Module):
         with jax.named_scope("time_attention"):
             q, k, v = self.attention.project(self.norm1(x))
             q, k = layers.rotate(q, angles[:, :, None]), layers.rotate(k, angles[:, :, None])
-            q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
+            # From frames to tokens: every device has tokens of its own at all times.
+            q, k, v = (constrain(jnp.swapaxes(y, 1, 2), "batch", "sharded", None, "heads", None) for y in (q, k, v))
             bias = self._local_in_time(angles, angles)
             if past is None:
                 y = attention(q, k, v, mask, bias, softcap=self.attention.softcap)
@@ -116,7 +119,7 @@ class Layer(nnx.Module):
                 ks, vs, masks = (past[0], k), (past[1], v), (past[3], mask)
                 biases = self._local_in_time(angles, past[2]), bias
                 y = attention(q, ks, vs, masks, biases, softcap=self.attention.softcap)
-            x = x + self.attention.output(jnp.swapaxes(y, 1, 2))
+            x = constrain(x + self.attention.output(jnp.swapaxes(y, 1, 2)), "batch", "sharded", None, None)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x)), (k, v)
 

@@ -17,8 +17,11 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamer4_jax.config import Config, ConfigError, UserError, to_dict
+from dreamer4_jax.parallel.mesh import make_mesh
+from dreamer4_jax.parallel.sharding import Rules, batch_shardings, check_rows
 from dreamer4_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -165,26 +168,30 @@ def _check(cfg: Any, at: str) -> None:
 class _Run:
     """The moving parts of one `run_phase` call."""
 
-    def __init__(self, phase: Phase, config: Config, run_dir: Path, seed: int):
+    def __init__(self, phase: Phase, config: Config, run_dir: Path, seed: int, mesh: Mesh, rules: Rules):
         self.phase, self.cfg, self.config = phase, phase.config, to_dict(config)
         self.run_dir, self.optimizer = run_dir, make_optimizer(phase.config)
+        self.mesh, self.rules = mesh, rules
         self.ledger = Ledger(run_dir, phase.name)
         self.checkpoints = Checkpointer(steps_path(run_dir, phase.name))
         phase_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.name.encode()))
-        self.init_key, self.run_key = jax.random.split(phase_key)
-        self.train_step = make_train_step(phase, self.optimizer)
-        self.frozen = jax.device_put(phase.frozen)  # once: a property may make it anew, or hold NumPy arrays
+        self.init_key, run_key = jax.random.split(phase_key)
+        self.run_key = jax.device_put(run_key, NamedSharding(mesh, PartitionSpec()))
+        frozen = phase.frozen  # once: a property may make it anew, or hold NumPy arrays
+        self.frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
         self.shapes: set[tuple] = set()
 
     def start(self, at: int | None, batch: Batch) -> TrainState:
-        """The restored state of step `at`, or a new one."""
+        """The restored state of step `at`, or a new one; and the step that updates it."""
         with self.ledger.time("setup"):
+            abstract = abstract_state(self.phase, self.optimizer, batch)
+            shardings = self.rules.shardings(abstract, self.mesh)
+            self.train_step = make_train_step(self.phase, self.optimizer, shardings)
             if at is None:
                 state = init_state(self.phase, self.optimizer, batch, self.init_key)
-                # Bound to a device as a restored state is, so that both run the same compiled step.
-                return jax.device_put(state, jax.local_devices()[0])
-            abstract = abstract_state(self.phase, self.optimizer, batch)
-            return self.checkpoints.restore(abstract, step=at, config=self.config)[0]
+                return jax.device_put(state, shardings)
+            placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            return self.checkpoints.restore(placed, step=at, config=self.config)[0]
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Dispatches one update; returns before it is computed."""
@@ -196,10 +203,11 @@ class _Run:
                 f"{MAX_SHAPES} (short and long) are foreseen: {signature}"
             )
         self.shapes.add(signature)
-        on_device = jax.device_put(batch)
+        on_devices = jax.device_put(batch, batch_shardings(batch, self.mesh))
         # Once compiled, a step must not move anything between host and device behind our back.
-        with self.ledger.time("compile" if new else "train"), nullcontext() if new else jax.transfer_guard("disallow"):
-            return self.train_step(state, self.frozen, on_device, self.run_key)
+        guard = nullcontext() if new else jax.transfer_guard("disallow")
+        with self.ledger.time("compile" if new else "train"), guard, jax.set_mesh(self.mesh):
+            return self.train_step(state, self.frozen, on_devices, self.run_key)
 
     def save(self, state: TrainState, step: int) -> Path:
         """Starts a checkpoint of a state that is known to be finite."""
@@ -240,6 +248,8 @@ def run_phase(
     resume: bool = False,
     progress: bool = True,
     stop_after: int | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> PhaseResult:
     """Trains `phase` to its last step, or finds that it is finished, and returns the EMA model.
 
@@ -250,6 +260,8 @@ def run_phase(
       resume: go on from the phase's newest checkpoint if there is one; a finished phase is not run again.
       progress: show a progress bar (on a terminal only).
       stop_after: save and return once this many steps are made, ``finished`` being False if more are left.
+      mesh: the devices to train on (the first one alone by default). The result is the same on any, up to rounding.
+      rules: how parameters are split over the mesh.
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, everything saved.
@@ -258,7 +270,10 @@ def run_phase(
     """
     run_dir = Path(run_dir)
     _check(phase.config, f"train.{phase.name}")
-    run = _Run(phase, config, run_dir, seed)
+    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    for rows in phase.config.rows:
+        check_rows(rows, mesh, f"train.{phase.name}: rows of a batch")
+    run = _Run(phase, config, run_dir, seed, mesh, rules or Rules())
     at = run.checkpoints.latest_step()
     exported = model_path(run_dir, phase.name)
     with Checkpointer(exported, read_only=True) as reader:

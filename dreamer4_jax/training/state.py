@@ -100,13 +100,15 @@ def _scalars(kind: str, values: Metrics) -> Metrics:
 
 
 def make_train_step(
-    phase: Phase, optimizer: optax.GradientTransformation
+    phase: Phase, optimizer: optax.GradientTransformation, shardings: Any = None
 ) -> Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]:
     """The jitted step ``(state, frozen, batch, run_key) -> (state, metrics)``; `state` is donated.
 
     The loss terms are divided by their running root mean square, weighted, summed and differentiated; the step's
     randomness is ``fold_in(run_key, state.step)``. Where the loss, a gradient or a new parameter is not finite, the
     returned state is the old one, step number included, and ``metrics["finite"]`` is False.
+
+    `shardings`, a tree like the state's, is where the new state goes; by default the compiler decides.
 
     Metrics: "loss" (the sum that is differentiated), "loss/<term>" (raw), "scaled/<term>" (normalised), "grad_norm"
     (before clipping), "lr", "finite" and the phase's own.
@@ -145,4 +147,4 @@ def make_train_step(
             raise ValueError(f"phase {phase.name}: the loop itself reports the metrics {clash}; rename the phase's")
         return state, out | metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
