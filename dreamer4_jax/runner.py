@@ -313,15 +313,12 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Every stage, then the report. Returns the results that the report shows."""
         began = time.perf_counter()
-        for name in PHASES[:2]:
+        for name in PHASES:
             self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
             self.train(name)
         if self.config.evaluate.diffusion_baseline:
             self._say("diffusion-forcing baseline")
             self.train("diffusion")
-        for name in PHASES[2:]:
-            self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
-            self.train(name)
         self._say("evaluating the world model")
         self.evaluate_world_model()
         for name in self.policies():

@@ -12,8 +12,9 @@ from typing import Any
 
 from dreamer4_jax.config import Config, override, preset
 
-# One to three objects in a room: among the eight of GoToLocal, the heads found what a mission means too late.
-LEVELS = "BabyAI-GoToObj-v0,BabyAI-GoToLocalS8N2-v0,BabyAI-GoToLocalS8N3-v0,BabyAI-OneRoomS8-v0"
+# Two or three objects: among the eight of GoToLocal alone, the heads find what a mission means too late. With few
+# objects alone the tokenizer sees too little of them: a thousand steps reconstructed 97.9 % of the tiles instead of all.
+LEVELS = "BabyAI-GoToObj-v0,BabyAI-GoToLocalS8N2-v0,BabyAI-GoToLocalS8N3-v0,BabyAI-GoToLocal-v0"
 
 QUICK: dict[str, Any] = {
     "name": "quickstart",
@@ -95,12 +96,13 @@ SMOKE: dict[str, Any] = {
 FULL: dict[str, Any] = {
     **QUICK,
     "name": "quickstart-full",
-    "data.frames": 200_000,
-    "train.tokenizer.steps": 3000,
-    "train.dynamics.steps": 4000,
-    "train.dynamics.long_length": 32,
-    "train.agent.steps": 5000,
-    "train.imagination.steps": 600,
+    "data.frames": 120_000,
+    "train.tokenizer.steps": 1500,
+    "train.dynamics.steps": 2000,
+    "train.agent.steps": 2700,
+    "train.agent.decay": 0.4,
+    "train.imagination.steps": 300,
+    "evaluate.episodes": 800,
     "evaluate.diffusion_baseline": True,
 }
 
