@@ -1,1 +1,1 @@
-"""The launcher: one description of a run, rendered for a laptop, Cloud TPU, GKE or SkyPilot; and sweeps of such runs."""
+"""The launcher: one description of a run, rendered for a laptop, Cloud TPU, GKE or SkyPilot; sweeps of such runs."""
