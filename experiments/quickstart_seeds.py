@@ -4,7 +4,7 @@
     python -m experiments.quickstart_seeds --seeds 0 --size smoke --out DIR   # shows that it runs, 3 minutes
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
-is there. Writes into --out (experiments/results/quickstart): seed<N>.json with the numbers of the run's report,
+is there. Writes into --out (experiments/results/quickstart, or -full): seed<N>.json with the numbers of the run's report,
 seed<N>.png and .webp with imagined clips, summary.json, success.png with the success rates of all policies on all
 seeds, and README.md with the same as tables.
 """
@@ -153,15 +153,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", choices=("smoke", "quick", "full"), default="quick")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/quickstart"))
+    parser.add_argument("--out", type=Path, help="directory of the results (experiments/results/<experiment and size>)")
     args = parser.parse_args()
     start()
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept = [run_seed(args.size, seed, args.runs, args.out) for seed in args.seeds]
+    out = args.out or Path("experiments/results") / config(args.size).name
+    out.mkdir(parents=True, exist_ok=True)
+    kept = [run_seed(args.size, seed, args.runs, out) for seed in args.seeds]
     summary = summarize(kept)
-    write_atomic(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    (args.out / "README.md").write_text(tables(kept, summary["targets_met"]))
-    draw(summary, args.out / "success.png")
+    write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    (out / "README.md").write_text(tables(kept, summary["targets_met"]))
+    draw(summary, out / "success.png")
     print(json.dumps(summary["targets_met"], indent=1))
 
 

@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from experiments.quickstart_seeds import SHOWN, summarize, tables
 
-QUICKSTART = Path(__file__).parents[1] / "experiments" / "results" / "quickstart"
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
 
-def test_the_quickstarts_page_and_summary_follow_from_its_seeds():
-    summary = json.loads((QUICKSTART / "summary.json").read_text())
-    kept = [json.loads((QUICKSTART / f"seed{seed}.json").read_text()) for seed in summary["seeds"]]
+@pytest.mark.parametrize("size", ["quickstart", "quickstart-full"])
+def test_the_quickstarts_page_and_summary_follow_from_its_seeds(size):
+    directory = RESULTS / size
+    summary = json.loads((directory / "summary.json").read_text())
+    kept = [json.loads((directory / f"seed{seed}.json").read_text()) for seed in summary["seeds"]]
     assert summarize(kept) == summary
     page = tables(kept, summary["targets_met"])
-    assert page == (QUICKSTART / "README.md").read_text()
+    assert page == (directory / "README.md").read_text()
     for k in kept:
         row = next(line for line in page[page.index("Success") :].splitlines() if line.startswith(f"| {k['seed']} |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
