@@ -164,8 +164,24 @@ def _cmd_bench(args: argparse.Namespace) -> None:
     main(args.out)
 
 
+def _cmd_sweep(args: argparse.Namespace) -> None:
+    """many runs of an experiment, a list or a search; resumable, and a page that compares them"""
+    from launch.sweep_cli import main
+
+    main(args)
+
+
+def _cmd_launch(args: argparse.Namespace) -> int:
+    """an experiment on several processes, or on TPUs in the cloud; started again when it is interrupted"""
+    from launch.cli import main
+
+    return main(args)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from launch.cli import add_arguments
+
     top = argparse.ArgumentParser(prog="dreamer4", description="Dreamer 4 in JAX: world models and agents inside them.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -200,6 +216,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="run directory")
     sub = add("bench", _cmd_bench)
     sub.add_argument("--out", help="also write the figures to this JSON file")
+    sub = add("launch", _cmd_launch)
+    sub.add_argument("experiment", help="a file of experiments/ or a preset")
+    _config_arguments(sub)
+    add_arguments(sub)
+    from launch import sweep_cli  # light: it imports nothing before it is run
+
+    sweep_cli.add_arguments(add("sweep", _cmd_sweep))
     return top
 
 
@@ -213,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
-        args.function(args)
+        return args.function(args) or 0  # most return nothing
     except UserError as error:
         print(f"dreamer4: {error}", file=sys.stderr)
         return 2
@@ -224,7 +247,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dreamer4: {error}", file=sys.stderr)
         return code
-    return 0
 
 
 if __name__ == "__main__":

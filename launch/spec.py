@@ -7,6 +7,17 @@ from dreamer4_jax.config import ConfigError
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
+INTERRUPTED = 42  # exit code of a run that saved and stopped (training.loop.Interrupted)
+
+
+def retryable(code: int) -> bool:
+    """Whether a command that ended with this exit code should be started again, to resume.
+
+    Interrupted runs are, and those killed by a signal: ``128 + signal`` for a shell, negative for Python; 255 is a lost
+    ssh connection. Other codes are mistakes that would only be repeated.
+    """
+    return code == INTERRUPTED or code >= 128 or code < 0
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -24,10 +35,12 @@ class RunSpec:
       slices: TPU slices; the mesh axis "replica" crosses them.
       spot: pre-emptible machines; recreated and resumed when they are taken away.
       retries: how often a run is started again after it was interrupted.
-      project, zone: of the cloud.
+      project, zone: of the cloud; empty: as gcloud is configured.
+      cluster: the GKE cluster's name, which xpk asks for; kubectl has its own current context.
       image: container image with the package installed (JobSet, xpk); empty where machines are set up from `archive`.
       archive: the code: a path of a local checkout, or ``gs://.../code.tar.gz``.
       processes, devices_per_process: of a local run.
+      labels: put on what is created, to find it on the bill; a Kueue queue is named in one of them.
     """
 
     name: str
@@ -43,6 +56,7 @@ class RunSpec:
     retries: int = 10
     project: str = ""
     zone: str = ""
+    cluster: str = ""
     image: str = ""
     archive: str = ""
     processes: int = 1

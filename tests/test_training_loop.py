@@ -232,6 +232,12 @@ def test_run_directory_belongs_to_one_config(tmp_path):
     assert (run / "config.json").read_bytes() == written
 
 
+def test_the_launchers_logs_may_be_there_before_the_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    assert open_run(tmp_path, CONFIG) == tmp_path
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("words")
     for resume in (False, True):

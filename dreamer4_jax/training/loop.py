@@ -80,13 +80,13 @@ def open_run(run_dir: str | Path, config: Config, resume: bool = False) -> Path:
     """Makes a run directory, or checks that an existing one belongs to `config`; overwrites nothing.
 
     With `resume`, a directory that is new or empty is a run that starts now, so that a job which is restarted
-    whenever it is preempted needs one command only.
+    whenever it is preempted needs one command only. The launcher's `logs` may be there before the run is.
     """
     path, text = Path(run_dir), json.dumps(to_dict(config), indent=2) + "\n"
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: is a file; choose another path")
     recorded = path / "config.json"
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(entry.name == "logs" for entry in path.iterdir()):
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(recorded, text)
         return path

@@ -1,0 +1,1 @@
+"""Sweep files: `dreamer4 sweep NAME`. What they may hold: launch/sweep.py."""

@@ -1,0 +1,194 @@
+"""`dreamer4 launch`: arguments to a RunSpec, checked before anything is started or paid for, then a backend."""
+
+import argparse
+
+from dreamer4_jax.config import ConfigError
+from launch.spec import RunSpec
+
+BACKENDS = {
+    "local": "processes of this machine",
+    "tpu": "Cloud TPU queued resources, by gcloud",
+    "jobset": "a JobSet on GKE, by kubectl in its current context",
+    "xpk": "a JobSet on GKE, by xpk",
+    "skypilot": "a managed job of SkyPilot",
+}
+ACTIONS = ("run", "status", "logs", "stop", "delete")
+EPILOG = """\
+backends:
+{backends}
+
+To look after a run, repeat its command line and add --action:
+  --action status   where it stands
+  --action logs     the output of its first host
+  --action stop     save and stop; the same command line without --action resumes it
+  --action delete   give back the machines (tpu), or remove the job; what it has saved stays in the bucket
+
+examples:
+  dreamer4 launch quickstart --smoke --processes 2 --devices-per-process 4
+  dreamer4 launch quickstart --backend tpu --accelerator v5litepod-16 --spot --zone us-central1-a \\
+      --archive . --output gs://my-bucket/runs --mesh data=16 --dry-run
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `RunSpec` needs beside experiment, size, seed and overrides."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG.format(backends="\n".join(f"  {name:9s} {text}" for name, text in BACKENDS.items()))
+    parser.add_argument("--backend", choices=BACKENDS, default="local", help="where to run (local)")
+    parser.add_argument("--action", choices=ACTIONS, default="run", help="what to do (run)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    parser.add_argument("--name", help="of the run and of what is created for it (<experiment>-seed<seed>)")
+    parser.add_argument("--output", default="runs", metavar="DIR", help="holds the run directory: a path, or gs://...")
+    parser.add_argument("--mesh", default="", metavar="SIZES", help="mesh over all devices, e.g. data=16,ctx=4")
+    parser.add_argument("--retries", type=int, default=10, help="restarts after interruptions (10)")
+    cloud = parser.add_argument_group("cloud")
+    cloud.add_argument("--accelerator", default="", help="TPU type, e.g. v5litepod-16, v5p-128, v6e-64")
+    cloud.add_argument("--slices", type=int, default=1, help="TPU slices, joined by the mesh axis 'replica' (1)")
+    cloud.add_argument("--spot", action="store_true", help="machines that may be taken away, for less money")
+    cloud.add_argument("--project", default="", help="as gcloud is configured, if left out; so is the zone")
+    cloud.add_argument("--zone", default="", help="e.g. us-central1-a")
+    cloud.add_argument("--cluster", default="", help="GKE cluster (xpk)")
+    cloud.add_argument("--image", default="", help="container image with dreamer4_jax installed (jobset, xpk)")
+    cloud.add_argument("--archive", default="", help="the code: a checkout or gs://.../code.tar.gz (tpu, skypilot)")
+    cloud.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="on what is created (may be repeated)"
+    )
+    local = parser.add_argument_group("local")
+    local.add_argument("--processes", type=int, default=1, help="processes, joined like the hosts of a pod (1)")
+    local.add_argument("--devices-per-process", type=int, default=1, help="CPU devices of each (1)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    spec = make_spec(args)
+    check(spec, args.backend, args.action, dry_run=args.dry_run)
+    if args.backend == "local":
+        return _local(spec, args)
+    from launch import queued, render
+    from launch.cloud import Cloud
+
+    cloud = Cloud(dry_run=args.dry_run)
+    if args.backend == "tpu":
+        return queued.launch(spec, cloud) if args.action == "run" else queued.act(args.action, spec, cloud)
+    argv = {"jobset": render.kubectl, "xpk": render.xpk, "skypilot": render.sky}[args.backend](args.action, spec)
+    if args.action != "run":
+        return cloud.show(argv)
+    if args.backend == "jobset":
+        print(cloud.output(argv, stdin=render.to_yaml(render.jobset(spec))), end="")
+        return 0
+    if args.backend == "skypilot":
+        cloud.output(["mkdir", "-p", render.SCRATCH])
+        cloud.output(["tee", render.task_file(spec)], stdin=render.to_yaml(render.skypilot(spec)))
+    return cloud.show(argv)
+
+
+def _local(spec: RunSpec, args: argparse.Namespace) -> int:
+    from launch import local
+
+    if args.action != "run":
+        raise ConfigError(
+            f"--action {args.action}: a local run is in the foreground, where Ctrl-C stops it;"
+            f" its output is in {spec.directory}/logs"
+        )
+    if args.dry_run:
+        print("\n".join(local.commands(spec)))
+        return 0
+    return local.run(spec)
+
+
+def make_spec(args: argparse.Namespace) -> RunSpec:
+    """The RunSpec of the command line.
+
+    Raises:
+        ConfigError: unknown experiment or field, or a value that the config refuses.
+    """
+    from dreamer4_jax.cli import resolve
+
+    config = resolve(args.experiment, args.size, args.seed, args.overrides)
+    labels = dict(item.partition("=")[::2] for item in args.label)
+    if "" in labels or any("=" not in item for item in args.label):
+        raise ConfigError(f"--label {' '.join(args.label)}: write it as key=value")
+    return RunSpec(
+        name=args.name or f"{config.name}-seed{args.seed}".lower().replace("_", "-"),
+        experiment=args.experiment,
+        size=args.size,
+        seed=args.seed,
+        overrides=tuple(args.overrides),
+        mesh=args.mesh,
+        output=args.output,
+        accelerator=args.accelerator,
+        slices=args.slices,
+        spot=args.spot,
+        retries=args.retries,
+        project=args.project,
+        zone=args.zone,
+        cluster=args.cluster,
+        image=args.image,
+        archive=args.archive,
+        processes=args.processes,
+        devices_per_process=args.devices_per_process,
+        labels=labels,
+    )
+
+
+def check(spec: RunSpec, backend: str, action: str = "run", *, dry_run: bool = False) -> None:
+    """Refuses what the backend can't do, or can't do yet for lack of an argument.
+
+    Raises:
+        ConfigError: naming the argument and what it could be.
+    """
+    from launch.accelerators import accelerator
+
+    if action == "run" and not dry_run and (backend != "local" or spec.processes > 1):
+        raise ConfigError(
+            "training by several processes, and into a bucket, is not there yet: --dry-run shows the commands;"
+            " --backend local with one process runs"
+        )
+    if backend == "xpk" and not spec.cluster:
+        raise ConfigError("--backend xpk needs --cluster, the name of the GKE cluster")
+    if action != "run":
+        return
+    if backend == "local":
+        _check_mesh(spec, spec.processes * spec.devices_per_process)
+        return
+    if not spec.accelerator:
+        raise ConfigError(f"--backend {backend} needs --accelerator, e.g. v5litepod-16")
+    tpu = accelerator(spec.accelerator)
+    bucket = spec.output.removeprefix("gs://").partition("/")[0]
+    if not spec.output.startswith("gs://") or not bucket:
+        raise ConfigError(
+            f"--output {spec.output}: hosts share no disk and are taken away; --backend {backend} needs a bucket,"
+            " e.g. gs://my-bucket/runs"
+        )
+    if backend in ("jobset", "xpk") and not spec.image:
+        raise ConfigError(f"--backend {backend} needs --image, a container image with dreamer4_jax installed")
+    if backend in ("tpu", "skypilot") and not spec.archive:
+        raise ConfigError(f"--backend {backend} needs --archive, the code: '.' or gs://my-bucket/code.tar.gz")
+    _check_archive(spec.archive)
+    _check_mesh(spec, spec.slices * tpu.devices)
+
+
+def _check_archive(archive: str) -> None:
+    from pathlib import Path
+
+    path = Path(archive)
+    if not archive or archive.startswith("gs://"):
+        return
+    if archive.endswith((".tar.gz", ".tgz")):
+        if not path.is_file():
+            raise ConfigError(f"--archive {archive}: there is no such file")
+    elif not (path / "dreamer4_jax").is_dir():
+        raise ConfigError(f"--archive {archive}: is no checkout of this project (it has no dreamer4_jax)")
+
+
+def _check_mesh(spec: RunSpec, devices: int) -> None:
+    if not spec.mesh:
+        return
+    import math
+
+    from dreamer4_jax.parallel import MeshSpec
+
+    sizes = MeshSpec.parse(spec.mesh).sizes
+    fixed = math.prod(size for size in sizes if size != -1)
+    if devices % fixed or (-1 not in sizes and fixed != devices):
+        raise ConfigError(f"--mesh {spec.mesh}: its sizes multiply to {fixed}, but there are {devices} devices")
