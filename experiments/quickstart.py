@@ -2,7 +2,7 @@
 
     dreamer4 run quickstart                    # 15 minutes on 2 cores
     dreamer4 run quickstart --smoke            # the same stages, under 3 minutes, for CI
-    dreamer4 run quickstart --full             # at most 90 minutes, adds the diffusion-forcing baseline
+    dreamer4 run quickstart --full             # about an hour: two to three times as long, and diffusion forcing
 
 The data is mediocre on purpose: a scripted expert that breaks off into bursts of random actions, and aimless walks.
 Episodes end after 24 steps, rewards come once at success. The page <run>/report.html shows what came of it.
@@ -52,7 +52,7 @@ QUICK: dict[str, Any] = {
     "train.tokenizer.batch": 8,
     "train.tokenizer.length": 1,
     "train.tokenizer.lr": 3e-3,
-    "train.dynamics.steps": 1000,
+    "train.dynamics.steps": 900,
     "train.dynamics.batch": 4,
     "train.dynamics.lr": 6e-3,
     "train.dynamics.optimizer": "muon",
@@ -60,7 +60,7 @@ QUICK: dict[str, Any] = {
     "train.dynamics.ema": 0.99,
     "train.dynamics.decay": 0.3,
     "train.dynamics.image_fraction": 0.1,
-    "train.agent.steps": 1350,
+    "train.agent.steps": 900,
     "train.agent.batch": 12,
     "train.agent.length": 12,
     "train.agent.optimizer": "muon",
@@ -68,12 +68,12 @@ QUICK: dict[str, Any] = {
     "train.agent.warmup": 20,
     "train.agent.decay": 0.3,
     "train.agent.ema": 0.99,
-    "train.imagination.steps": 150,
+    "train.imagination.steps": 100,
     "train.imagination.batch": 32,
     "train.imagination.lr": 2e-3,
     "train.imagination.warmup": 10,
     "train.imagination.ema": 0.98,
-    "evaluate.episodes": 400,
+    "evaluate.episodes": 300,
     "evaluate.clips": 64,
 }
 SMOKE: dict[str, Any] = {
