@@ -33,7 +33,7 @@ from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evalua
 from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.nn.transformer import first_of_segment
-from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh
+from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh, processes
 from dreamer4_jax.parallel.sharding import check_rows
 from dreamer4_jax.training.checkpoint import CheckpointError, load_model
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
@@ -70,7 +70,7 @@ class Run:
         self.config = config
         phases = [getattr(config.train, name) for name in PHASES]
         rows = [n for phase in phases for n in phase.rows]
-        if mesh is None:
+        if mesh is None and jax.process_count() == 1:
             self.mesh = make_mesh(devices=jax.devices()[: common_divisor(rows, jax.device_count())])
         else:
             self.mesh = make_mesh(mesh)
@@ -85,8 +85,9 @@ class Run:
         elif not (Path(run_dir) / "config.json").exists():
             check_config(config)
         self.dir = open_run(run_dir, config, resume)
-        self.resume, self.progress = resume, progress
-        self.raw_dir = self._recording(data_dir)
+        self.resume, self.progress = resume, progress and processes.is_main()
+        with processes.main_first("recording"):
+            self.raw_dir = self._recording(data_dir)
         self.console = Console(stderr=True)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -114,8 +115,10 @@ class Run:
         """Records episodes with the scripted policies of the config, unless a dataset was given."""
         if "frames" not in self._datasets:
             if self.raw_dir == self.dir / "data" / "frames":
-                with self._timed("collect"):
-                    collect(self.config, self.raw_dir, seed=self.config.seed, progress=self.progress)
+                with processes.main_first("collect"):
+                    if processes.is_main():
+                        with self._timed("collect"):
+                            collect(self.config, self.raw_dir, seed=self.config.seed, progress=self.progress)
             self._datasets["frames"] = open_dataset(self.raw_dir, self.config)
         return self._datasets["frames"]
 
@@ -127,14 +130,16 @@ class Run:
             identity = checksum(tokenizer)
             encode = jax.jit(lambda m, x, first: m.encode(x, segments=first_of_segment(first)))
             out = self.dir / "data" / "tokens"
-            with self._timed("tokens"):
-                write_tokens(
-                    self.raw_dir,
-                    out,
-                    lambda x, first: encode(tokenizer, x, first),
-                    identity=identity,
-                    progress=self.progress,
-                )
+            with processes.main_first("tokens"):
+                if processes.is_main():
+                    with self._timed("tokens"):
+                        write_tokens(
+                            self.raw_dir,
+                            out,
+                            lambda x, first: encode(tokenizer, x, first),
+                            identity=identity,
+                            progress=self.progress,
+                        )
             self._datasets["latents"] = open_dataset(out, self.config, identity=identity)
         return self._datasets["latents"]
 
@@ -156,8 +161,8 @@ class Run:
                 progress=self.progress,
                 mesh=self.mesh,
             )
-            # Whole on one device, where the models are evaluated.
-            self._models[name] = jax.device_put(result.ema, jax.local_devices()[0])
+            # Where the models are evaluated, and where later phases take them from.
+            self._models[name] = processes.whole(result.ema, self.mesh)
         return self._models[name]
 
     def _phase(self, name: str) -> Any:
@@ -311,7 +316,10 @@ class Run:
     # Everything
 
     def all(self) -> dict[str, Any]:
-        """Every stage, then the report. Returns the results that the report shows."""
+        """Every stage, then the report. Returns the results that the report shows.
+
+        Of several processes all train, and the main one alone records, encodes and evaluates.
+        """
         began = time.perf_counter()
         for name in PHASES:
             self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
@@ -319,15 +327,19 @@ class Run:
         if self.config.evaluate.diffusion_baseline:
             self._say("diffusion-forcing baseline")
             self.train("diffusion")
-        self._say("evaluating the world model")
-        self.evaluate_world_model()
-        for name in self.policies():
-            self.evaluate_policy(name)
-        data = self.report()
+        data = self._evaluate() if processes.is_main() else {}
+        processes.barrier("evaluated")
         if self.progress:
             self.console.print(_target_table(data["targets"]))
         self._say(f"finished in {(time.perf_counter() - began) / 60:.1f} minutes: {self.dir / 'report.html'}")
         return data
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._say("evaluating the world model")
+        self.evaluate_world_model()
+        for name in self.policies():
+            self.evaluate_policy(name)
+        return self.report()
 
     def report(self) -> dict[str, Any]:
         """Writes report.html and results.json from whatever the run has so far."""

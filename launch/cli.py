@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of the run and of what is created for it (<experiment>-seed<seed>)")
     parser.add_argument("--output", default="runs", metavar="DIR", help="holds the run directory: a path, or gs://...")
     parser.add_argument("--mesh", default="", metavar="SIZES", help="mesh over all devices, e.g. data=16,ctx=4")
-    parser.add_argument("--retries", type=int, default=10, help="restarts after interruptions (10)")
+    parser.add_argument("--retries", type=int, default=10, help="restarts after interruptions (10; skypilot: any)")
     cloud = parser.add_argument_group("cloud")
     cloud.add_argument("--accelerator", default="", help="TPU type, e.g. v5litepod-16, v5p-128, v6e-64")
     cloud.add_argument("--slices", type=int, default=1, help="TPU slices, joined by the mesh axis 'replica' (1)")
@@ -77,8 +77,9 @@ def main(args: argparse.Namespace) -> int:
         print(cloud.output(argv, stdin=render.to_yaml(render.jobset(spec))), end="")
         return 0
     if args.backend == "skypilot":
+        task = render.to_yaml(render.skypilot(spec))  # it may be refused: before anything is done
         cloud.output(["mkdir", "-p", render.SCRATCH])
-        cloud.output(["tee", render.task_file(spec)], stdin=render.to_yaml(render.skypilot(spec)))
+        cloud.output(["tee", render.task_file(spec)], stdin=task)
     return cloud.show(argv)
 
 
@@ -139,10 +140,10 @@ def check(spec: RunSpec, backend: str, action: str = "run", *, dry_run: bool = F
     """
     from launch.accelerators import accelerator
 
-    if action == "run" and not dry_run and (backend != "local" or spec.processes > 1):
+    if action == "run" and not dry_run and backend != "local":
         raise ConfigError(
-            "training by several processes, and into a bucket, is not there yet: --dry-run shows the commands;"
-            " --backend local with one process runs"
+            "a run directory in a bucket, which these machines need, is not there yet: --dry-run shows the commands;"
+            " --backend local runs"
         )
     if backend == "xpk" and not spec.cluster:
         raise ConfigError("--backend xpk needs --cluster, the name of the GKE cluster")

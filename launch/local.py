@@ -121,7 +121,7 @@ class _Processes:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._tail:
-            self._show()
+            self._show(rest=True)
             self._tail.close()
 
     def run(self) -> tuple[int, str]:
@@ -169,13 +169,13 @@ class _Processes:
                 del running[i]
             yield ended
 
-    def _show(self) -> None:
-        """New whole lines of process 0, on the terminal."""
+    def _show(self, *, rest: bool = False) -> None:
+        """New whole lines of process 0, on the terminal; with `rest` also a line that has no end."""
         if self._tail is None:
             return
         start = self._tail.tell()
         text = self._tail.read()
-        whole = text[: text.rfind(b"\n") + 1]
+        whole = text if rest else text[: text.rfind(b"\n") + 1]
         self._tail.seek(start + len(whole))
         for line in whole.decode(errors="replace").splitlines():
             print(f"{self._prefix}{line}", flush=True)

@@ -43,8 +43,9 @@ def launch(spec: RunSpec, cloud: Cloud, *, poll_s: float = 30.0) -> int:
     Machines are given back after success. After a failure they are kept, since the next attempt might queue for hours,
     and a message says how to end that.
     """
+    commands = plan(spec)  # a spec that can't be rendered is refused before anything is asked for
     if cloud.dry_run:
-        for argv in plan(spec):
+        for argv in commands:
             cloud.output(argv)
         return 0
     try:

@@ -211,22 +211,23 @@ def xpk(action: str, spec: RunSpec) -> Argv:
         return kubectl("logs", spec)
     if action == "stop":
         raise ConfigError("xpk has no stop: --action delete ends the run, which saves first")
-    command = shlex.join(spec.command())
-    if "\n" in command:  # it is pasted into a block of the manifest, where a new line would end it
-        raise ConfigError("xpk takes a command of one line, but an override has a line break; use --backend jobset")
-    if spec.labels:
-        raise ConfigError("xpk sets its own labels; use --backend jobset")
-    words = {
-        "run": [
+    if action == "status":
+        words = ["list", f"--filter-by-job=^{spec.name}$"]
+    elif action == "delete":
+        words = ["delete", f"--workload={spec.name}"]
+    else:
+        command = shlex.join(spec.command())
+        if "\n" in command:  # it is pasted into a block of the manifest, where a new line would end it
+            raise ConfigError("xpk takes a command of one line, but an override has a line break; use --backend jobset")
+        if spec.labels:
+            raise ConfigError("xpk sets its own labels; use --backend jobset")
+        words = [
             *("create", f"--workload={spec.name}", f"--tpu-type={accelerator(spec.accelerator).name}"),
             *(f"--num-slices={spec.slices}", f"--docker-image={spec.image}", f"--max-restarts={spec.retries}"),
             f"--termination-grace-period-seconds={GRACE_S}",
             *(["--spot"] if spec.spot else []),
             f"--command={command}",
-        ],
-        "status": ["list", f"--filter-by-job=^{spec.name}$"],
-        "delete": ["delete", f"--workload={spec.name}"],
-    }[action]
+        ]
     return ["xpk", "workload", *words, f"--cluster={spec.cluster}", *_where(spec)]
 
 
@@ -253,7 +254,9 @@ def skypilot(spec: RunSpec) -> dict[str, Any]:
             "accelerators": f"tpu-{tpu.name}:1",
             "accelerator_args": {"tpu_vm": True, "runtime_version": tpu.runtime},
             "use_spot": spec.spot,
-            "job_recovery": {"max_restarts_on_errors": spec.retries, "recover_on_exit_codes": [INTERRUPTED]},
+            # Not max_restarts_on_errors, which repeats mistakes too. Restarts of these codes are not counted, so it is
+            # the one code of a run that has saved; lost machines SkyPilot recovers by itself.
+            "job_recovery": {"recover_on_exit_codes": [INTERRUPTED]},
             **({"labels": dict(spec.labels)} if spec.labels else {}),
         },
         **({"workdir": spec.archive} if local else {}),

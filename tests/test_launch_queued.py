@@ -193,7 +193,8 @@ def test_what_is_there_already_is_taken_up(gcloud, state, begins):
     assert verbs(gcloud.transcript()) == [*begins, "connect", "set up", "run", "delete"]
 
 
-def test_machines_that_let_nobody_in_yet(gcloud):
+def test_machines_that_let_nobody_in_yet(gcloud, monkeypatch):
+    monkeypatch.setattr(queued, "SSH_TRIES", 3)
     gcloud([None, "ACTIVE"], connections=[255, 255, 0])
     assert launch() == 0
     gcloud([None, "ACTIVE"], connections=[255])
@@ -312,7 +313,9 @@ def test_vm_run_that_is_killed_or_missing(vm):
 def script(name: str, *words: str) -> subprocess.CompletedProcess:
     path = Path(__file__).parents[1] / "launch" / name
     settings = {"NAME": "mine", "ZONE": "z", "TYPE": "v6e-8", "RUNTIME": "r", "POLL": "0"}
-    return subprocess.run([str(path), *words], env={**os.environ, **settings}, capture_output=True, text=True)
+    return subprocess.run(
+        [str(path), *words], env={**os.environ, **settings}, capture_output=True, text=True, timeout=30
+    )
 
 
 def test_script_create(gcloud):

@@ -151,7 +151,7 @@ def test_dynamics_n_and_resume_and_n_are_2n_bit_for_bit(data, tmp_path):
     def train(name, **options):
         phase = quick_init(DynamicsPhase(cfg, data[1]))
         batches = phase.batches
-        phase.batches = lambda start: (seen[name].append(b["latents"]) or b for b in batches(start))
+        phase.batches = lambda start, part: (seen[name].append(b["latents"]) or b for b in batches(start, part))
         run_dir = open_run(tmp_path / name, cfg, resume=True)
         return run_phase(phase, config=cfg, run_dir=run_dir, seed=0, progress=False, **options)
 

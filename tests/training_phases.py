@@ -14,7 +14,9 @@ from flax import nnx
 
 from dreamer4_jax import config as configs
 from dreamer4_jax.config import PhaseConfig
+from dreamer4_jax.parallel import Rules, make_mesh, start
 from dreamer4_jax.training import Interrupted, open_run, run_phase
+from dreamer4_jax.training.state import ALONE, Part
 
 
 class Layer(nnx.Module):
@@ -68,7 +70,7 @@ class Regression:
         drift = jnp.mean((model(x) - ema(x)) ** 2) + 0.01 * jnp.mean(model.out[...] ** 2)
         return {"fit": fit + batch["poison"], "drift": 0.1 * drift}, {"x_mean": jnp.mean(x)}
 
-    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, np.ndarray]]:
         step = start
         while True:
             time.sleep(self.sleep)
@@ -76,7 +78,8 @@ class Regression:
             rng = np.random.default_rng(step)
             frames = 6 if step % 4 == 3 else 3
             poison = np.float32(np.nan if step == self.nan_at else 0.0)
-            yield {"x": rng.standard_normal((2, frames, self.width)).astype(np.float32), "poison": poison}
+            x, rows = rng.standard_normal((2, frames, self.width)).astype(np.float32), 2 // part[1]
+            yield {"x": x[part[0] * rows : (part[0] + 1) * rows], "poison": poison}
             step += 1
 
     def evaluate(self, ema: Any, step: int) -> dict[str, float]:
@@ -92,11 +95,12 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--save-every", type=int, default=1000)
     args = parser.parse_args()
+    start()
     config = configs.preset("tiny")
     phase = Regression(replace(TINY, steps=args.steps, save_every=args.save_every), sleep=args.sleep, width=args.width)
     run_dir = open_run(args.run_dir, config, resume=True)
     try:
-        run_phase(phase, config=config, run_dir=run_dir, seed=0, resume=True)
+        run_phase(phase, config=config, run_dir=run_dir, seed=0, resume=True, mesh=make_mesh(), rules=Rules(min_size=0))
     except Interrupted as interrupted:
         print(interrupted)
         return interrupted.exit_code

@@ -47,7 +47,7 @@ class Loader:
         long_length: frames of a long batch (T2); 0: none. Every `long_every`-th step is long, with
             ``max(1, batch * length // long_length)`` rows, so that a step costs about the same number of frames.
         relevant_fraction: share of rows drawn from windows that hold a rewarded frame of an episode together with
-            frames that led to it (paper 3.3); the others are drawn uniformly from all windows.
+            frames that led to it (paper 3.3); the others are drawn uniformly from all windows, and come first.
         process_index, process_count: this process gets the rows of its contiguous block of every batch.
     """
 
@@ -126,16 +126,18 @@ class Loader:
         """(first frame, drawn as relevant) of this process's rows of a step."""
         windows, before = self._kind(step)
         index, count = self._part
-        own = windows.rows // count
         out = []
-        for g in range(before * windows.rows + index * own, before * windows.rows + (index + 1) * own):
+        for g in range(before * windows.rows, (before + 1) * windows.rows):
             # Relevant rows are spread evenly: `drawn` of the rows in front of row g were relevant.
             drawn = g * self._share // _SHARE
             if (g + 1) * self._share // _SHARE > drawn:
                 out.append((int(windows.relevant[windows.relevant_order[drawn]]), True))
             else:
                 out.append((windows.start(int(windows.order[g - drawn])), False))
-        return out
+        # Of the whole batch, before it is divided: the agent's losses tell the two kinds by their position.
+        out.sort(key=lambda row: row[1])
+        own = windows.rows // count
+        return out[index * own : (index + 1) * own]
 
     def length(self, step: int) -> int:
         """Frames of a row of this step."""

@@ -4,9 +4,7 @@ Batches are split over replica and data, parameters over data and ctx, the frame
 over ctx, heads and feed-forward features over model. Only replica crosses slices.
 """
 
-import contextlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,19 +50,6 @@ class MeshSpec:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(getattr(self, axis) for axis in AXES)
-
-
-def start() -> None:
-    """On a machine without an accelerator, makes one device of each core this process may use; call it before JAX.
-
-    XLA keeps two cores about half busy with one small program: many of its loops run on one. Two devices that share a
-    batch keep both busy. ``JAX_NUM_CPU_DEVICES`` in the environment takes precedence; other platforms ignore this.
-    """
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # JAX has started already and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def common_divisor(batches: Iterable[int], devices: int) -> int:

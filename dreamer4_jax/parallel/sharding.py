@@ -66,11 +66,15 @@ class Rules:
         return _spec(leaf.shape, (*stacked, *axes), self.parameters, mesh)
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """Shardings of a batch: rows, axis 0 of every leaf, over replica and data. Scalars are held by every device."""
+def batch_shardings(batch: Any, mesh: Mesh, parts: int = 1) -> Any:
+    """Shardings of a batch: rows, axis 0 of every leaf, over replica and data. Scalars are held by every device.
+
+    `batch` is one of `parts` parts of the rows.
+    """
 
     def rows(x: Any) -> NamedSharding:
         shape = np.shape(x)
+        shape = (shape[0] * parts, *shape[1:]) if shape else ()
         names = ("batch", *(None for _ in shape[1:])) if shape else ()
         return NamedSharding(mesh, _spec(shape, names, ACTIVATIONS, mesh))
 

@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dreamer4_jax.config import UserError
+from dreamer4_jax.parallel.processes import is_main
 
 _ITEMS = ("state", "meta")
 _SEAL = "files.json"
@@ -122,7 +123,7 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot write a checkpoint to {self.directory}: {error}") from error
         step = self._open.latest_step()
-        if step is not None and not (self.path(step) / _SEAL).exists():
+        if step is not None and is_main() and not (self.path(step) / _SEAL).exists():
             _seal(self.path(step))
 
     def close(self) -> None:

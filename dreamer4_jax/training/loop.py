@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamer4_jax.config import Config, ConfigError, UserError, to_dict
+from dreamer4_jax.parallel import processes
 from dreamer4_jax.parallel.mesh import make_mesh
 from dreamer4_jax.parallel.sharding import Rules, batch_shardings, check_rows
 from dreamer4_jax.training.checkpoint import (
@@ -29,7 +30,7 @@ from dreamer4_jax.training.checkpoint import (
     load_model,
     save_model,
 )
-from dreamer4_jax.training.metrics import EVAL, TIME, Ledger, MetricsWriter, ProgressBar, write_atomic
+from dreamer4_jax.training.metrics import EVAL, TIME, Ledger, MetricsWriter, NoWriter, ProgressBar, write_atomic
 from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.state import Batch, Metrics, Phase, TrainState, abstract_state, init_state, make_train_step
 
@@ -82,6 +83,12 @@ def open_run(run_dir: str | Path, config: Config, resume: bool = False) -> Path:
     With `resume`, a directory that is new or empty is a run that starts now, so that a job which is restarted
     whenever it is preempted needs one command only. The launcher's `logs` may be there before the run is.
     """
+    with processes.main_first("open_run"):
+        # To the other processes a run that begins looks like one that is resumed.
+        return _open_run(run_dir, config, resume or not processes.is_main())
+
+
+def _open_run(run_dir: str | Path, config: Config, resume: bool) -> Path:
     path, text = Path(run_dir), json.dumps(to_dict(config), indent=2) + "\n"
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: is a file; choose another path")
@@ -127,7 +134,7 @@ class _Stop:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
 
     def _first(self, *_: object) -> None:
         self.requested = True
@@ -176,10 +183,12 @@ class _Run:
         self.checkpoints = Checkpointer(steps_path(run_dir, phase.name))
         phase_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.name.encode()))
         self.init_key, run_key = jax.random.split(phase_key)
-        self.run_key = jax.device_put(run_key, NamedSharding(mesh, PartitionSpec()))
+        self.run_key = processes.spread(run_key, NamedSharding(mesh, PartitionSpec()))
         frozen = phase.frozen  # once: a property may make it anew, or hold NumPy arrays
-        self.frozen = jax.device_put(frozen, rules.shardings(frozen, mesh))
+        self.frozen = processes.spread(frozen, rules.shardings(frozen, mesh))
         self.shapes: set[tuple] = set()
+        self.part = processes.part(mesh)
+        self.stops = processes.Agreement(mesh)
 
     def start(self, at: int | None, batch: Batch) -> TrainState:
         """The restored state of step `at`, or a new one; and the step that updates it."""
@@ -188,8 +197,7 @@ class _Run:
             shardings = self.rules.shardings(abstract, self.mesh)
             self.train_step = make_train_step(self.phase, self.optimizer, shardings)
             if at is None:
-                state = init_state(self.phase, self.optimizer, batch, self.init_key)
-                return jax.device_put(state, shardings)
+                return processes.spread(init_state(self.phase, self.optimizer, batch, self.init_key), shardings)
             placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
             return self.checkpoints.restore(placed, step=at, config=self.config)[0]
 
@@ -203,7 +211,7 @@ class _Run:
                 f"{MAX_SHAPES} (short and long) are foreseen: {signature}"
             )
         self.shapes.add(signature)
-        on_devices = jax.device_put(batch, batch_shardings(batch, self.mesh))
+        on_devices = processes.place(batch, batch_shardings(batch, self.mesh, self.part[1]))
         # Once compiled, a step must not move anything between host and device behind our back.
         guard = nullcontext() if new else jax.transfer_guard("disallow")
         with self.ledger.time("compile" if new else "train"), guard, jax.set_mesh(self.mesh):
@@ -214,8 +222,13 @@ class _Run:
         with self.ledger.time("save"):
             meta = {"config": self.config, "phase": self.phase.name, "seconds": round(self.ledger.total, 3)}
             self.checkpoints.save(step, state, meta)
-        self.ledger.save()
+        self.save_ledger()
         return self.checkpoints.path(step)
+
+    def save_ledger(self) -> None:
+        """Of the main process: the others spend their time with it."""
+        if processes.is_main():
+            self.ledger.save()
 
     def require_finite(self, step: int, metrics: Metrics) -> None:
         """Waits for the update that makes `step`, and raises if it was not applied."""
@@ -260,7 +273,8 @@ def run_phase(
       resume: go on from the phase's newest checkpoint if there is one; a finished phase is not run again.
       progress: show a progress bar (on a terminal only).
       stop_after: save and return once this many steps are made, ``finished`` being False if more are left.
-      mesh: the devices to train on (the first one alone by default). The result is the same on any, up to rounding.
+      mesh: the devices to train on (by default the first one alone, or all if there are several processes). The
+        result is the same on any, up to rounding.
       rules: how parameters are split over the mesh.
 
     Raises:
@@ -270,7 +284,8 @@ def run_phase(
     """
     run_dir = Path(run_dir)
     _check(phase.config, f"train.{phase.name}")
-    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    if mesh is None:
+        mesh = make_mesh(devices=jax.devices() if jax.process_count() > 1 else jax.local_devices()[:1])
     for rows in phase.config.rows:
         check_rows(rows, mesh, f"train.{phase.name}: rows of a batch")
     run = _Run(phase, config, run_dir, seed, mesh, rules or Rules())
@@ -288,7 +303,7 @@ def run_phase(
         with _Stop() as stop, run.checkpoints:
             return _train(run, at, last, stop, progress)
     finally:
-        run.ledger.save()
+        run.save_ledger()
 
 
 def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) -> PhaseResult:
@@ -296,19 +311,22 @@ def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) ->
     phase, cfg, ledger, done = run.phase, run.cfg, run.ledger, at or 0
     # A phase that only lacks its evaluation has no next batch, but the structure of one is needed to restore it.
     first = min(done, cfg.steps - 1)
-    batches = phase.batches(first)
+    batches = phase.batches(first, run.part)
     try:
         with ledger.time("data"):
             batch = _next(phase, batches, first)
         state = run.start(at, batch)
+        main = processes.is_main()
         with (
-            MetricsWriter(run.run_dir, phase.name, done) as writer,
-            ProgressBar(phase.name, cfg.steps, done, progress) as bar,
+            MetricsWriter(run.run_dir, phase.name, done) if main else NoWriter() as writer,
+            ProgressBar(phase.name, cfg.steps, done, progress and main) as bar,
         ):
             report = _Reporter(run, writer, bar)
             pending: tuple[int, Metrics, int] | None = None
+            # Any process may be told to stop; all have to do it at the same step.
+            stopping = run.stops.soon(stop.requested)
             saved = at
-            while done < last and not stop.requested:
+            while done < last and not stopping:
                 state, metrics = run.step(state, batch)
                 done += 1
                 late, pending = pending, (done, metrics, _frames(batch))
@@ -317,6 +335,7 @@ def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) ->
                         batch = _next(phase, batches, done)
                 if late:
                     report(*late)
+                stopping = run.stops.soon(stop.requested)
                 if done % cfg.save_every == 0:
                     report(*pending)
                     pending, saved = None, done
@@ -326,6 +345,7 @@ def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) ->
             if saved != done:
                 run.save(state, done)
             run.checkpoints.wait()
+            stop.requested = run.stops.now(stop.requested)
             stop.from_now(Interrupted(phase.name, done, run.checkpoints.path(done)))
             if done < cfg.steps:
                 return PhaseResult(state.ema, done, ledger.total, False, {}, state)
@@ -346,7 +366,7 @@ def _next(phase: Phase, batches: Iterator[Batch], step: int) -> Batch:
 class _Reporter:
     """Called once per step, one step late: checks that it was finite, and logs it if it is due."""
 
-    def __init__(self, run: _Run, writer: MetricsWriter, bar: ProgressBar):
+    def __init__(self, run: _Run, writer: MetricsWriter | NoWriter, bar: ProgressBar):
         self.run, self.writer, self.bar = run, writer, bar
         self._frames, self._steps = 0, 0
         self._since, self._waited = time.perf_counter(), run.ledger.seconds.get("data", 0.0)
@@ -378,7 +398,7 @@ class _Reporter:
         return values
 
 
-def _finish(run: _Run, state: TrainState, writer: MetricsWriter) -> PhaseResult:
+def _finish(run: _Run, state: TrainState, writer: MetricsWriter | NoWriter) -> PhaseResult:
     """Scores the EMA model and exports it. The export comes last: it marks the phase as finished."""
     phase, steps = run.phase, run.cfg.steps
     with run.ledger.time("evaluate"):
@@ -389,5 +409,5 @@ def _finish(run: _Run, state: TrainState, writer: MetricsWriter) -> PhaseResult:
         run.checkpoints.wait()
         meta = {"config": run.config, "phase": phase.name, "step": steps, "evaluation": scores}
         save_model(model_path(run.run_dir, phase.name), state.ema, meta)
-    run.ledger.save()
+    run.save_ledger()
     return PhaseResult(state.ema, steps, run.ledger.total, True, scores, state)

@@ -82,6 +82,19 @@ class MetricsWriter:
         self.close()
 
 
+class NoWriter:
+    """In place of a `MetricsWriter` in the processes that are not the main one."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Ledger:
     """Seconds that each phase has cost, by activity, in ``run_dir/ledger.json``; accumulates across resumes.
 

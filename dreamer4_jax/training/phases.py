@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dreamer4_jax.agent.heads import agent_losses
@@ -17,6 +16,7 @@ from dreamer4_jax.config import Config, PhaseConfig
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.training.state import ALONE, Part
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.oracle import TransitionOracle
 from dreamer4_jax.world.shortcut import shortcut_forward
@@ -25,7 +25,9 @@ from dreamer4_jax.world.tokenizer import Tokenizer, tokenizer_loss
 Terms = dict[str, Array]
 
 
-def _loader(config: Config, phase: PhaseConfig, dataset: Dataset, salt: int, relevant: float = 0.0) -> Loader:
+def _loader(
+    config: Config, phase: PhaseConfig, dataset: Dataset, part: Part, salt: int, relevant: float = 0.0
+) -> Loader:
     return Loader(
         dataset,
         batch=phase.batch,
@@ -34,6 +36,8 @@ def _loader(config: Config, phase: PhaseConfig, dataset: Dataset, salt: int, rel
         long_every=phase.long_every,
         relevant_fraction=relevant,
         seed=config.seed * 16 + salt,
+        process_index=part[0],
+        process_count=part[1],
     )
 
 
@@ -74,8 +78,8 @@ class TokenizerPhase:
         loss, metrics = tokenizer_loss(model, batch["frames"], key, segments=segments)
         return {"reconstruction": loss}, metrics
 
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        for batch in _loader(self.full, self.config, self.dataset, 1).iterate(start):
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
+        for batch in _loader(self.full, self.config, self.dataset, part, 1).iterate(start):
             yield {"frames": batch["frames"], "is_first": batch["is_first"]}
 
     def evaluate(self, ema: Any, step: int) -> dict[str, float]:
@@ -108,8 +112,8 @@ class DynamicsPhase:
         loss, metrics, _ = shortcut_forward(model, teacher, batch["latents"], actions, noise, segments=segments)
         return {"dynamics": loss}, metrics
 
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        for batch in _loader(self.full, self.config, self.dataset, 2).iterate(start):
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
+        for batch in _loader(self.full, self.config, self.dataset, part, 2).iterate(start):
             yield {name: batch[name] for name in ("latents", "actions", "present", "is_first")}
 
     def evaluate(self, ema: Any, step: int) -> dict[str, float]:
@@ -160,12 +164,11 @@ class AgentPhase:
         )
         return {"dynamics": loss} | terms, metrics | heads
 
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        loader = _loader(self.full, self.config, self.dataset, 3, self.full.agent.relevant_fraction)
-        for batch in loader.iterate(start):
-            # Rows of the uniform half first: the dynamics loss takes them by position.
-            order = np.argsort(batch["relevant"], kind="stable")
-            yield jax.tree.map(lambda x, order=order: x[order], batch)
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
+        # Rows of the uniform half come first: the dynamics loss takes them by position.
+        yield from _loader(self.full, self.config, self.dataset, part, 3, self.full.agent.relevant_fraction).iterate(
+            start
+        )
 
     def evaluate(self, ema: Any, step: int) -> dict[str, float]:
         return {}
@@ -206,8 +209,8 @@ class ImaginationPhase:
         rollout = jax.lax.stop_gradient(rollout)
         return imagination_losses(model.policy, model.value, frozen["prior"], rollout, cfg, alive=alive)
 
-    def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        loader = _loader(self.full, self.config, self.dataset, 4, self.full.agent.relevant_fraction)
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
+        loader = _loader(self.full, self.config, self.dataset, part, 4, self.full.agent.relevant_fraction)
         names = ("latents", "actions", "present", "is_first", "is_last", "task")
         for batch in loader.iterate(start):
             yield {name: batch[name] for name in names}

@@ -14,6 +14,8 @@ from dreamer4_jax.training import optim
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
+Part = tuple[int, int]  # (index, count): a block of a batch's rows, of how many blocks
+ALONE: Part = (0, 1)
 
 
 class Phase(Protocol):
@@ -39,8 +41,8 @@ class Phase(Protocol):
     def loss(self, model: Any, ema: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Metrics, Metrics]:
         """({name of a loss term: weighted scalar}, metrics). The terms are the same for every batch."""
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of step `start`, `start` + 1, ...; the same step always gets the same batch."""
+    def batches(self, start: int, part: Part = ALONE) -> Iterator[Batch]:
+        """This part of the batches of step `start`, `start` + 1, ...; the same step always gets the same batch."""
 
     def evaluate(self, ema: Any, step: int) -> dict[str, float]:
         """Scores of the finished model."""

@@ -1,0 +1,160 @@
+"""Real processes that train as one: joined over the loopback, stopped, killed, resumed on another number of them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dreamer4_jax.config import ConfigError
+from dreamer4_jax.parallel import processes
+from dreamer4_jax.training import Checkpointer, abstract_state, steps_path
+from dreamer4_jax.training.optim import make_optimizer
+from tests.training_phases import TINY, Regression
+
+ROOT = Path(__file__).parents[1]
+several = pytest.mark.multiprocess
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin(command: list[str], count: int, devices: int = 1) -> list[subprocess.Popen]:
+    """`count` processes of a command, each with `devices` devices and told its place."""
+    place = {"DREAMER4_COORDINATOR": f"127.0.0.1:{free_port()}", "DREAMER4_PROCESSES": str(count)}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ
+            | {"JAX_NUM_CPU_DEVICES": str(devices)}
+            | (place | {"DREAMER4_PROCESS_ID": str(i)} if count > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def training(run: Path, steps: int = 12, sleep: float = 0.0) -> list[str]:
+    return [sys.executable, "-m", "tests.training_phases", str(run), "--steps", str(steps), "--sleep", str(sleep)]
+
+
+def end(children: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """Waits for all, which must end with `code`; returns what they printed."""
+    printed = [child.communicate(timeout=120) for child in children]
+    for child, (_, err) in zip(children, printed, strict=True):
+        assert child.returncode == code, err[-3000:]
+    return [out + err for out, err in printed]
+
+
+def last_state(run: Path) -> tuple[int, list[np.ndarray]]:
+    """(step, arrays) of the newest checkpoint."""
+    phase = Regression(TINY)
+    abstract = abstract_state(phase, make_optimizer(TINY), next(phase.batches(0)))
+    with Checkpointer(steps_path(run, "dynamics"), read_only=True) as checkpoints:
+        state, meta = checkpoints.restore(abstract)
+    return meta["step"], [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def require_equal(a: Path, b: Path) -> None:
+    (step_a, arrays_a), (step_b, arrays_b) = last_state(a), last_state(b)
+    assert step_a == step_b
+    for x, y in zip(arrays_a, arrays_b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@several
+def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
+    printed = end(begin(training(tmp_path / "two"), 2))
+    assert "process 0 of 2: 1 of 2" in printed[0] and "process 1 of 2: 1 of 2" in printed[1]
+    end(begin(training(tmp_path / "one"), 1, devices=2))
+    require_equal(tmp_path / "two", tmp_path / "one")
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("two", "one")]
+    assert lines[0] == lines[1]  # written once
+
+
+@several
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_any_process_stops_all_at_one_step_and_one_process_resumes(tmp_path, told):
+    children = begin(training(tmp_path / "stopped", sleep=0.2), 2)
+    log, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert all(child.poll() is None for child in children) and time.monotonic() < deadline
+        time.sleep(0.01)
+    children[told].send_signal(signal.SIGTERM)
+    first, second = end(children, code=42)
+    step, _ = last_state(tmp_path / "stopped")
+    assert 3 <= step < 12
+    assert f"interrupted after step {step}" in first and f"interrupted after step {step}" in second
+    end(begin(training(tmp_path / "stopped"), 1, devices=2))
+    end(begin(training(tmp_path / "whole"), 1, devices=2))
+    require_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+@several
+def test_a_missing_process_ends_in_a_message(tmp_path):
+    code = """
+from dreamer4_jax.config import UserError
+from dreamer4_jax.parallel import start
+try:
+    start(timeout_s=5)
+except UserError as error:
+    print(error)
+    raise SystemExit(2)
+"""
+    children = begin([sys.executable, "-c", code], 2)
+    children[1].kill()
+    children[1].communicate()
+    out, err = children[0].communicate(timeout=120)
+    assert children[0].returncode == 2, err[-2000:]
+    assert "process 0 of 2: after 5 s these had not come: [1]" in out
+
+
+def test_a_place_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("DREAMER4_COORDINATOR", "127.0.0.1:1")
+    monkeypatch.delenv("DREAMER4_PROCESS_ID", raising=False)
+    with pytest.raises(ConfigError, match="DREAMER4_PROCESS_ID and DREAMER4_PROCESSES must be numbers"):
+        processes.start()
+
+
+class Device:
+    def __init__(self, process_index: int):
+        self.process_index = process_index
+
+
+class FakeMesh:
+    """What `part` reads of a mesh, with devices of other processes."""
+
+    def __init__(self, owners, **sizes):
+        self.shape = dict(replica=1, data=1, ctx=1, model=1) | sizes
+        self.devices = np.array([Device(i) for i in owners]).reshape(tuple(self.shape.values()))
+
+
+@pytest.mark.parametrize(
+    "owners, sizes, expected",
+    [
+        ([0, 0, 1, 1], dict(data=4), (0, 2)),
+        ([1, 1, 0, 0], dict(data=4), (1, 2)),
+        ([0, 1], dict(ctx=2), (0, 1)),  # both need all rows
+        ([1, 1, 0, 0, 2, 2, 3, 3], dict(replica=2, data=2, ctx=2), (1, 4)),
+        ([1, 2, 0, 3], dict(data=2, ctx=2), (1, 2)),
+    ],
+)
+def test_the_rows_that_a_process_needs(owners, sizes, expected):
+    assert processes.part(FakeMesh(owners, **sizes)) == expected
+
+
+def test_rows_that_are_no_block_are_refused():
+    with pytest.raises(ConfigError, match=r"would need the parts \[0, 2\] of 4"):
+        processes.part(FakeMesh([0, 1, 0, 1], data=4))
