@@ -15,6 +15,7 @@ from dreamer4_jax.evaluation import media, plots
 from dreamer4_jax.evaluation.closed_loop import EvalResult, compare
 from dreamer4_jax.evaluation.metrics import bootstrap_ci
 from dreamer4_jax.evaluation.report import write_report
+from dreamer4_jax.evaluation.summary import _cost
 from dreamer4_jax.evaluation.worldmodel import score_clips, step_table
 
 SECTIONS = (
@@ -207,3 +208,12 @@ def test_grids():
         media.grid({"a": frames, "b": frames[:2]})
     with pytest.raises(UserError, match="context = 0"):
         media.filmstrip(frames, frames, context=0)
+
+
+def test_the_cost_of_a_phase_tells_its_goodput():
+    cfg = config.preset("tiny", **{"train.dynamics.steps": 10, "train.dynamics.batch": 4, "train.dynamics.length": 8})
+    ledger = {"train": 60.0, "compile": 20.0, "lost": 16.0, "data": 3.8, "save": 0.2}
+    cost = _cost(cfg, "dynamics", 100.0, ledger)
+    assert cost["note"] == "goodput 60 % (compile 20 s, lost 16 s, data 4 s)"
+    assert cost["frames_per_second"] == 10 * 4 * 8 / 100
+    assert _cost(cfg, "collect", 5.0, None) == {"name": "collect", "seconds": 5.0}

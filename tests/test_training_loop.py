@@ -92,12 +92,17 @@ def test_a_resumed_run_from_an_earlier_checkpoint_repeats_the_lost_steps(tmp_pat
     train(Regression(cfg), tmp_path / "parts", stop_after=5)
     # As if the process had died after logging step 5 and half of another line, its last save being step 3.
     shutil.rmtree(steps_path(tmp_path / "parts", "dynamics") / "5")
+    logged = read_metrics(tmp_path / "parts")
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"phase": "tokenizer", "step": 99, "loss": 1.0}) + '\n{"phase": "dyn')
     phase = Regression(cfg)
     result = train(phase, tmp_path / "parts", resume=True)
     assert phase.seen == [3, 4, 5, 6, 7]
     equal(result.state, whole.state)
+    # Steps 4 and 5 at the speed that the dead process had logged.
+    rates = [line["time/steps_per_s"] for line in logged if line["step"] in (4, 5)]
+    assert read_ledger(tmp_path / "parts")["dynamics"]["lost"] == pytest.approx(sum(1 / r for r in rates), abs=2e-3)
+    assert "lost" not in read_ledger(tmp_path / "whole")["dynamics"]
     mine = [line for line in lines(tmp_path / "parts") if line["phase"] == "dynamics"]
     assert mine == lines(tmp_path / "whole")
     assert sum(line["phase"] == "tokenizer" for line in read_metrics(tmp_path / "parts")) == 1

@@ -15,6 +15,7 @@ from dreamer4_jax.config import Config, to_dict
 from dreamer4_jax.evaluation import report
 from dreamer4_jax.evaluation.closed_loop import EvalResult, compare
 from dreamer4_jax.evaluation.rollouts import FINETUNED
+from dreamer4_jax.training.metrics import read_ledger
 
 CLONED, IMAGINED = "phase 2 (cloning)", "phase 3 (imagination)"
 
@@ -144,12 +145,12 @@ def write_report(
     """Writes report.html and results.json of a run, finished or not; returns the report's data."""
     played = {r.policy: r for r in results}
     targets = (world_model_targets(world_model) if world_model else []) + agent_targets(results)
-    minutes = sum(costs.values()) / 60
+    minutes, ledger = sum(costs.values()) / 60, read_ledger(run_dir)
     data: dict[str, Any] = {
         "title": f"dreamer4_jax: {config.name}, seed {config.seed}",
         "summary": f"Levels {', '.join(config.env.levels)}. All stages together took {minutes:.1f} minutes.",
         "targets": targets,
-        "phases": [_cost(config, name, seconds) for name, seconds in costs.items()],
+        "phases": [_cost(config, name, seconds, ledger.get(name)) for name, seconds in costs.items()],
         "config": to_dict(config),
         "machine": machine(),
         "extra": {"seed": config.seed, "seconds": dict(costs)},
@@ -187,9 +188,14 @@ def write_report(
     return data
 
 
-def _cost(config: Config, name: str, seconds: float) -> dict[str, Any]:
+def _cost(config: Config, name: str, seconds: float, ledger: Mapping[str, float] | None) -> dict[str, Any]:
     out: dict[str, Any] = {"name": name, "seconds": seconds}
     phase = getattr(config.train, "dynamics" if name == "diffusion" else name, None)
     if phase is not None:
         out |= {"steps": phase.steps, "frames_per_second": phase.steps * phase.batch * phase.length / seconds}
+    if ledger:
+        rest = sorted(((s, activity) for activity, s in ledger.items() if activity != "train"), reverse=True)
+        spent = ", ".join(f"{activity} {s:.0f} s" for s, activity in rest if s >= 0.5)
+        goodput = ledger.get("train", 0.0) / max(sum(ledger.values()), 1e-9)
+        out["note"] = f"goodput {100 * goodput:.0f} %" + (f" ({spent})" if spent else "")
     return out

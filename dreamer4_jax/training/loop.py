@@ -321,6 +321,7 @@ def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) ->
             MetricsWriter(run.run_dir, phase.name, done) if main else NoWriter() as writer,
             ProgressBar(phase.name, cfg.steps, done, progress and main) as bar,
         ):
+            ledger.add("lost", writer.lost_s)
             report = _Reporter(run, writer, bar)
             pending: tuple[int, Metrics, int] | None = None
             # Any process may be told to stop; all have to do it at the same step.

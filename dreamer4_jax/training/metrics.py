@@ -45,12 +45,20 @@ class MetricsWriter:
 
     Opening it drops, atomically, what this phase wrote after step `start`: those steps are about to be made again.
     Lines of other phases stay. All keys but those under "time/" are a function of the run's config and seed.
+
+    Attributes:
+      lost_s: seconds that a process which was killed had spent on those steps.
     """
 
     def __init__(self, run_dir: str | Path, phase: str, start: int = 0):
         run_dir = Path(run_dir)
         self.phase, path = phase, run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if not self._stale(line, start)]
+        lines = read_metrics(run_dir)
+        kept = [line for line in lines if not self._stale(line, start)]
+        self.lost_s, step = 0.0, start
+        for line in lines:
+            if self._stale(line, start) and (rate := line.get(TIME + "steps_per_s")):
+                self.lost_s, step = self.lost_s + (line["step"] - step) / rate, line["step"]
         if path.exists():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
@@ -85,6 +93,8 @@ class MetricsWriter:
 class NoWriter:
     """In place of a `MetricsWriter` in the processes that are not the main one."""
 
+    lost_s = 0.0
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes nothing."""
 
@@ -99,7 +109,8 @@ class Ledger:
     """Seconds that each phase has cost, by activity, in ``run_dir/ledger.json``; accumulates across resumes.
 
     Activities: "setup" (initialisation or restore), "compile", "data" (the loop waiting for a batch), "train",
-    "save", "evaluate". What a killed process spent since its last save is not in it.
+    "save", "evaluate", and "lost": what a killed process had spent on steps that had to be made again. Only "train"
+    is productive; its share of the total is the goodput.
     """
 
     def __init__(self, run_dir: str | Path, phase: str):
@@ -119,6 +130,10 @@ class Ledger:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+    def add(self, activity: str, seconds: float) -> None:
+        if seconds:
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
 
     def save(self) -> None:
         rounded = {p: {a: round(s, 3) for a, s in part.items()} for p, part in self._all.items()}
