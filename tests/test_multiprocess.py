@@ -1,10 +1,12 @@
 """Real processes that train as one: joined over the loopback, stopped, killed, resumed on another number of them."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from dreamer4_jax.config import ConfigError
 from dreamer4_jax.parallel import processes
 from dreamer4_jax.training import Checkpointer, abstract_state, steps_path
 from dreamer4_jax.training.optim import make_optimizer
+from launch import local
+from launch.spec import RunSpec
 from tests.training_phases import TINY, Regression
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +104,55 @@ def test_sigterm_to_any_process_stops_all_at_one_step_and_one_process_resumes(tm
     end(begin(training(tmp_path / "stopped"), 1, devices=2))
     end(begin(training(tmp_path / "whole"), 1, devices=2))
     require_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+@several
+@pytest.mark.parametrize("seed", range(3))
+def test_the_launcher_survives_kill_9_of_any_process_at_any_time(tmp_path, monkeypatch, seed):
+    """The other process waits for the dead one in vain and is ended; both start again from the last checkpoint."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(local, "GRACE_S", 1.0)
+    monkeypatch.setattr(local, "KILL_S", 1.0)
+    command = [*training(tmp_path / "killed", sleep=0.1), "--save-every", "2"]
+    monkeypatch.setattr(RunSpec, "command", lambda spec: command)
+    spec = RunSpec("killed", output=str(tmp_path), processes=2, retries=3)
+    log, killed = tmp_path / "killed" / "metrics.jsonl", []
+
+    def kill():
+        for _ in range(2):
+            at = (log.read_text().count("\n") if log.exists() else 0) + rng.randint(1, 3)
+            while not log.exists() or log.read_text().count("\n") < at:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+            victim = rng.choice(local_children())
+            victim.kill()
+            killed.append(victim.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    assert local.run(spec, log_to_terminal=False) == 0
+    assert len(killed) == 2
+    end(begin(training(tmp_path / "whole"), 1, devices=2))
+    require_equal(tmp_path / "killed", tmp_path / "whole")
+
+
+def local_children() -> list[subprocess.Popen]:
+    """The processes of the launcher that runs in this one."""
+    return [child for child in STARTED if child.poll() is None]
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def note_what_is_started(monkeypatch):
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            STARTED.append(self)
+
+    STARTED.clear()
+    monkeypatch.setattr(local.subprocess, "Popen", Noted)
 
 
 @several
