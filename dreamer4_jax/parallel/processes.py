@@ -77,7 +77,8 @@ def _muster(address: str, process: int, processes: int, timeout_s: int) -> None:
                     peer, _ = server.accept()
                     came.append(stack.enter_context(peer))
                     peer.settimeout(10)
-                    missing.discard(int(peer.recv(16) or -1))
+                    said = peer.recv(16)
+                    missing -= {int(said)} if said.isdigit() else set()  # whoever else knocks is not counted
                 except TimeoutError:
                     raise UserError(f"{late} these had not come: {sorted(missing)}. {hint}") from None
             for peer in came:
