@@ -4,7 +4,7 @@
     python -m experiments.quickstart_seeds --seeds 0 --size smoke --out DIR   # shows that it runs, 3 minutes
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
-is there. Writes into --out (experiments/results/quickstart, or quickstart-full): seed<N>.json with the numbers of the
+is there. The figures of a seed whose run is elsewhere, but whose seed<N>.json is there, are taken as they are. Writes into --out (experiments/results/quickstart, or quickstart-full): seed<N>.json with the numbers of the
 run's report, seed<N>.png and .webp with imagined clips, summary.json, success.png with the success rates of all
 policies on all seeds, and README.md with the same as tables.
 """
@@ -29,7 +29,10 @@ SHOWN = ("random", "blind", "data", CLONED, "phase 2, greedy", IMAGINED, "phase 
 
 def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
     """One run, finished or resumed; returns and writes its numbers."""
-    c = config(size, seed)
+    c, written = config(size, seed), out / f"seed{seed}.json"
+    if written.exists() and not (runs / f"{c.name}-seed{seed}").exists():
+        print(f"seed {seed}: taken from {written}; remove that file to run it again")
+        return json.loads(written.read_text())
     run = Run(c, runs / f"{c.name}-seed{seed}", resume=True)
     data = run.all()
     measured, results = run.evaluate_world_model(), [run.evaluate_policy(name) for name in run.policies()]
@@ -45,7 +48,7 @@ def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
         "steps": measured["steps"],
         "policies": [r.summary() for r in results],
     }
-    write_atomic(out / f"seed{seed}.json", json.dumps(kept, indent=1) + "\n")
+    write_atomic(written, json.dumps(kept, indent=1) + "\n")
     arrays = measured["arrays"]
     context = arrays["clip_context"]
     real, imagined = (np.concatenate([context, arrays[f"clip_{n}"]], axis=1) for n in ("real", "imagined"))
