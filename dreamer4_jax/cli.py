@@ -27,7 +27,7 @@ def experiments() -> list[str]:
     return sorted(
         p.stem
         for p in Path(package.__path__[0]).glob("*.py")
-        if p.stem != "__init__" and "def config(" in p.read_text()
+        if p.stem != "__init__" and "\ndef config(" in p.read_text()
     )
 
 
@@ -58,7 +58,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="DIR", help="run directory (runs/<name>-seed<seed>)")
+    parser.add_argument(
+        "--run", metavar="DIR", help="run directory, a path or gs://bucket/... (runs/<name>-seed<seed>)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run directory if it holds a run")
     parser.add_argument("--data", metavar="DIR", help="a recorded dataset to use instead of recording one")
     parser.add_argument("--quiet", action="store_true", help="no progress output")
@@ -68,7 +70,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _directory(config: Config, args: argparse.Namespace) -> Path:
-    return Path(args.run or f"runs/{config.name}-seed{config.seed}")
+    from dreamer4_jax.parallel.bucket import on_disk
+
+    return on_disk(args.run or f"runs/{config.name}-seed{config.seed}")
 
 
 def _open(config: Config, args: argparse.Namespace) -> "Run":
@@ -87,8 +91,10 @@ def _reopen(directory: str) -> "Run":
     """An existing run, with the config it was made with."""
     import json
 
+    from dreamer4_jax.parallel.bucket import on_disk
     from dreamer4_jax.runner import Run
 
+    directory = str(on_disk(directory))
     path = Path(directory) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: is no run directory (it has no config.json)")
@@ -164,6 +170,13 @@ def _cmd_bench(args: argparse.Namespace) -> None:
     main(args.out)
 
 
+def _cmd_aot(args: argparse.Namespace) -> int:
+    """compile a config for a TPU that need not be there: does it fit, and how fast might it be"""
+    from dreamer4_jax.aot_cli import main
+
+    return main(args, resolve(args.experiment, args.size, args.seed, args.overrides))
+
+
 def _cmd_sweep(args: argparse.Namespace) -> None:
     """many runs of an experiment, a list or a search; resumable, and a page that compares them"""
     from launch.sweep_cli import main
@@ -180,6 +193,7 @@ def _cmd_launch(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from dreamer4_jax import aot_cli
     from launch.cli import add_arguments
 
     top = argparse.ArgumentParser(prog="dreamer4", description="Dreamer 4 in JAX: world models and agents inside them.")
@@ -216,6 +230,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="run directory")
     sub = add("bench", _cmd_bench)
     sub.add_argument("--out", help="also write the figures to this JSON file")
+    sub = add("aot", _cmd_aot)
+    sub.add_argument("experiment", help="a file of experiments/ or a preset")
+    _config_arguments(sub)
+    aot_cli.add_arguments(sub)
     sub = add("launch", _cmd_launch)
     sub.add_argument("experiment", help="a file of experiments/ or a preset")
     _config_arguments(sub)

@@ -4,9 +4,10 @@
     python -m experiments.quickstart_seeds --seeds 0 --size smoke --out DIR   # shows that it runs, 3 minutes
 
 Every seed is a run of its own (data, initialisation, training and evaluation episodes), kept in runs/ and resumed if it
-is there. The figures of a seed whose run is elsewhere, but whose seed<N>.json is there, are taken as they are. Writes into --out (experiments/results/quickstart, or quickstart-full): seed<N>.json with the numbers of the
-run's report, seed<N>.png and .webp with imagined clips, summary.json, success.png with the success rates of all
-policies on all seeds, and README.md with the same as tables.
+is there. The figures of a seed whose run is elsewhere, but whose seed<N>.json is there, are taken as they are.
+Writes into --out (experiments/results/quickstart, or quickstart-full): seed<N>.json with the numbers of the run's
+report, seed<N>.png and .webp with imagined clips, summary.json, success.png with the success rates of all policies on
+all seeds, and README.md with the same as tables.
 """
 
 import argparse

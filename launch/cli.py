@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="local", help="where to run (local)")
     parser.add_argument("--action", choices=ACTIONS, default="run", help="what to do (run)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compile for the accelerator first, and refuse a config that doesn't fit"
+    )
     parser.add_argument("--name", help="of the run and of what is created for it (<experiment>-seed<seed>)")
     parser.add_argument("--output", default="runs", metavar="DIR", help="holds the run directory: a path, or gs://...")
     parser.add_argument("--mesh", default="", metavar="SIZES", help="mesh over all devices, e.g. data=16,ctx=4")
@@ -61,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     spec = make_spec(args)
-    check(spec, args.backend, args.action, dry_run=args.dry_run)
+    check(spec, args.backend, args.action)
+    if args.check:
+        _check_fits(spec, args)
     if args.backend == "local":
         return _local(spec, args)
     from launch import queued, render
@@ -95,6 +100,17 @@ def _local(spec: RunSpec, args: argparse.Namespace) -> int:
         print("\n".join(local.commands(spec)))
         return 0
     return local.run(spec)
+
+
+def _check_fits(spec: RunSpec, args: argparse.Namespace) -> None:
+    from dreamer4_jax.aot_cli import check_fits
+    from dreamer4_jax.cli import resolve
+
+    if not spec.accelerator:
+        raise ConfigError("--check compiles for a TPU: name one with --accelerator, e.g. v5litepod-16")
+    config = resolve(args.experiment, args.size, args.seed, args.overrides)
+    for report in check_fits(config, spec.accelerator, slices=spec.slices, mesh=spec.mesh):
+        print(f"# {report.program}: {report.peak / 2**30:.2f} of {report.limit / 2**30:.2f} GiB on each device")
 
 
 def make_spec(args: argparse.Namespace) -> RunSpec:
@@ -132,19 +148,14 @@ def make_spec(args: argparse.Namespace) -> RunSpec:
     )
 
 
-def check(spec: RunSpec, backend: str, action: str = "run", *, dry_run: bool = False) -> None:
-    """Refuses what the backend can't do, or can't do yet for lack of an argument.
+def check(spec: RunSpec, backend: str, action: str = "run") -> None:
+    """Refuses what the backend can't do for lack of an argument.
 
     Raises:
         ConfigError: naming the argument and what it could be.
     """
-    from launch.accelerators import accelerator
+    from dreamer4_jax.parallel.accelerators import accelerator
 
-    if action == "run" and not dry_run and backend != "local":
-        raise ConfigError(
-            "a run directory in a bucket, which these machines need, is not there yet: --dry-run shows the commands;"
-            " --backend local runs"
-        )
     if backend == "xpk" and not spec.cluster:
         raise ConfigError("--backend xpk needs --cluster, the name of the GKE cluster")
     if action != "run":

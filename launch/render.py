@@ -11,14 +11,24 @@ from typing import Any
 import yaml
 
 from dreamer4_jax.config import ConfigError
+from dreamer4_jax.parallel.accelerators import accelerator
+from dreamer4_jax.parallel.bucket import MOUNTS
 from launch import remote
-from launch.accelerators import accelerator
 from launch.spec import INTERRUPTED, RunSpec
 
 Argv = list[str]
 
 GRACE_S = 180  # from SIGTERM to SIGKILL: the running step, then a checkpoint
 CONTAINER = "dreamer4"
+# Cloud Storage FUSE, as `dreamer4_jax.parallel.bucket.OPTIONS` in the notation of its driver.
+FUSE = ",".join(
+    (
+        "implicit-dirs",
+        "file-system:rename-dir-limit:1000000",
+        "metadata-cache:ttl-secs:0",
+        "metadata-cache:negative-ttl-secs:0",
+    )
+)
 SCRATCH = "build/launch"  # of the working directory: what is made to be sent
 
 
@@ -120,7 +130,7 @@ def run(spec: RunSpec) -> Argv:
 
 def jobset(spec: RunSpec) -> dict[str, Any]:
     """The JobSet: a job for each slice, a pod for each host. A slice that fails restarts all, up to `retries` times."""
-    tpu = accelerator(spec.accelerator)
+    tpu, bucket = accelerator(spec.accelerator), spec.output.removeprefix("gs://").partition("/")[0]
     spot = "cloud.google.com/gke-spot"
     # Kubernetes replaces $(NAME) in commands, but takes $$ for a plain $.
     command = [word.replace("$", "$$") for word in spec.command()]
@@ -144,10 +154,22 @@ def jobset(spec: RunSpec) -> dict[str, Any]:
                 "image": spec.image,
                 "command": command,
                 "resources": {"limits": {"google.com/tpu": tpu.chips_per_host}},
-                "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+                "volumeMounts": [
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                    {"name": "bucket", "mountPath": f"{MOUNTS}/{bucket}"},
+                ],
             }
         ],
-        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],  # data workers; the default is 64 MB
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # data workers; the default is 64 MB
+            {
+                "name": "bucket",
+                "csi": {
+                    "driver": "gcsfuse.csi.storage.gke.io",
+                    "volumeAttributes": {"bucketName": bucket, "mountOptions": FUSE},
+                },
+            },
+        ],
     }
     job = {
         "parallelism": tpu.hosts,
@@ -170,7 +192,7 @@ def jobset(spec: RunSpec) -> dict[str, Any]:
                 },
             ]
         },
-        "template": {"spec": pod},
+        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

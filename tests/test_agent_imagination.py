@@ -131,7 +131,7 @@ def test_a_learned_world_reads_rewards_from_the_frame_that_the_action_led_to():
     assert np.ptp(rollout.reward) > 0
     # h[0] is the read-out of the last context frame.
     wide = jnp.broadcast_to(task[:, None], (*z.shape[:2], 2))
-    cache = oracle.dynamics.init_cache(3, agent=True)
+    cache = oracle.dynamics.init_cache(3)
     seen = jax.jit(lambda m, c, k: observe(m, c, z, actions, k, task=wide)[1])
     h = seen(oracle.dynamics, cache, jax.random.split(key)[0])
     np.testing.assert_allclose(rollout.h[0], h[:, -1], atol=1e-4)

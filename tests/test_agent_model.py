@@ -64,7 +64,7 @@ def history(policy, stream):
     """Frame indices and keys of the frames that a stream remembers."""
     cache = policy._memory.dynamics
     pos = np.asarray(cache.pos[stream])
-    return pos, np.asarray(cache.k[:, stream])[:, :, pos >= 0]
+    return pos, np.asarray(cache.k[:, stream])[:, :, :, pos >= 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from dreamer4_jax.cli import main
 from dreamer4_jax.config import ConfigError
+from dreamer4_jax.parallel.accelerators import ACCELERATORS, accelerator
+from dreamer4_jax.parallel.bucket import MOUNTS
 from launch import remote, render
-from launch.accelerators import ACCELERATORS, accelerator
 from launch.cloud import shell_text
 from launch.spec import RunSpec, retryable
 
@@ -138,6 +139,7 @@ JOB = {
         ]
     },
     "template": {
+        "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": int,
@@ -158,8 +160,17 @@ JOB = {
                     "volumeMounts": [{"name": str, "mountPath": str}],
                 }
             ],
-            "volumes": [{"name": str, "emptyDir": {"medium": "Memory"}}],
-        }
+            "volumes": [
+                {
+                    "name": str,
+                    "emptyDir?": {"medium": "Memory"},
+                    "csi?": {
+                        "driver": "gcsfuse.csi.storage.gke.io",
+                        "volumeAttributes": {"bucketName": str, "mountOptions": str},
+                    },
+                }
+            ],
+        },
     },
 }
 JOBSET = {
@@ -208,6 +219,10 @@ def test_jobset_conforms(name, spot):
     assert batch["parallelism"] == batch["completions"] == tpu.hosts
     assert batch["parallelism"] * pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == tpu.chips
     assert pod["terminationGracePeriodSeconds"] >= 120
+    # The bucket lies where the run looks for it.
+    (bucket,) = (v["csi"]["volumeAttributes"]["bucketName"] for v in pod["volumes"] if "csi" in v)
+    assert {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]} == {"/dev/shm", f"{MOUNTS}/{bucket}"}
+    assert it.output.startswith(f"gs://{bucket}/")
     assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == spot
     assert len(f"{it.name}-{job['name']}-{job['replicas']}-{tpu.hosts}") <= 63  # a pod's name is a DNS label
 

@@ -181,6 +181,46 @@ def test_a_place_that_is_no_number_is_refused(monkeypatch):
         processes.start()
 
 
+@pytest.fixture
+def joined(monkeypatch):
+    """A machine with a TPU, as far as `start` can see; what it tells `jax.distributed.initialize`."""
+    calls = []
+    monkeypatch.delenv("DREAMER4_COORDINATOR", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(processes, "_tpu_here", lambda: True)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **words: calls.append(words))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "environment, joins",
+    [
+        ({}, True),  # a TPU VM: it asks the cloud
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_the_hosts_of_a_tpu_join_by_themselves(monkeypatch, capsys, joined, environment, joins):
+    for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.start()
+    assert joined == ([{"initialization_timeout": processes.POD_S}] if joins else [])
+    assert ("process 0 of 1 on" in capsys.readouterr().err) == joins
+
+
+def test_a_tpu_without_other_hosts_is_alone(monkeypatch, capsys, joined):
+    def alone(**_):
+        raise ValueError("coordinator_address should be defined")
+
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", alone)
+    processes.start()
+    assert "this one is alone" in capsys.readouterr().err
+
+
 class Device:
     def __init__(self, process_index: int):
         self.process_index = process_index

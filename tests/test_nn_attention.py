@@ -37,11 +37,30 @@ def test_against_the_reference(groups, softcap, mask):
         np.testing.assert_allclose(attention(q, k, v, mask, impl="xla"), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("impl, softcap", [("reference", 5.0), ("xla", None)])
+def test_heads_first_is_another_order_of_the_same(impl, softcap):
+    q, k, v = arrays(2, 3)
+    first = [jnp.swapaxes(x, -3, -2) for x in (q, k, v)]
+    out = attention(*first, CAUSAL, softcap=softcap, impl=impl, heads_first=True)
+    np.testing.assert_array_equal(jnp.swapaxes(out, -3, -2), attention(q, k, v, CAUSAL, softcap=softcap, impl=impl))
+
+
 def test_soft_cap_bounds_the_logits():
     q, k, v = arrays(scale=100.0)
     capped = reference.attention(q, k, v, None, 2.0)
     np.testing.assert_allclose(attention(q, k, v, softcap=2.0), capped, **CLOSE)
     assert np.abs(capped - np.asarray(attention(q, k, v))).max() > 0.1
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0, 1000.0])
+def test_extreme_logits_overflow_nothing(softcap):
+    """Without a maximum where the cap bounds the logits, with one where it does not; half the rows see one column."""
+    q, k, v = arrays(length=64, columns=64, scale=100.0)
+    see = Mask(q_pos=jnp.arange(64), k_pos=jnp.arange(64), window=2)
+    expected = reference.attention(q, k, v, np.asarray(see.dense()), softcap)
+    np.testing.assert_allclose(attention(q, k, v, see, softcap=softcap), expected, rtol=1e-3, atol=1e-3)
+    gradient = jax.grad(lambda q: attention(q, k, v, see, softcap=softcap).sum())(q)
+    assert np.isfinite(gradient).all()
 
 
 def test_xla_path_with_masks_of_each_batch():
@@ -119,6 +138,8 @@ def test_masked_columns_get_exactly_nothing():
     allowed = np.asarray(CAUSAL.dense())
     of_k, of_v = jax.jacrev(lambda k, v: attention(q, k, v, CAUSAL, softcap=50.0).sum((1, 2)), (0, 1))(k, v)
     assert np.array_equal((np.asarray(of_v) != 0).any((2, 3)), allowed)
-    seen = (np.asarray(of_k) != 0).any((2, 3))
-    # A row that sees one column gives it all weight whatever its key is.
-    assert np.array_equal(seen, allowed & (allowed.sum(1, keepdims=True) > 1))
+    of_k = np.abs(np.asarray(of_k)).max((2, 3))
+    assert not of_k[~allowed].any()
+    # A row that sees one column gives it all weight whatever its key is: what is left is rounding.
+    several = allowed.sum(1) > 1
+    assert (of_k[several][allowed[several]] > 1e-3).all() and (of_k[~several] < 1e-5).all()

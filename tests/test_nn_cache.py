@@ -19,7 +19,7 @@ def frames(first, count, batch=2):
     """Keys and values that say which stream, token and frame they are of."""
     index = np.asarray(first)[:, None] + np.arange(count)
     code = 1000 * np.arange(batch)[:, None, None] + 100 * np.arange(N)[None, :, None] + index[:, None]
-    k = np.broadcast_to(code[None, ..., None, None], (2, batch, N, count, 1, 4)).astype(np.float32)
+    k = np.broadcast_to(code[None, ..., None, :, None], (2, batch, N, 1, count, 4)).astype(np.float32)
     return jnp.asarray(k), jnp.asarray(-k)
 
 
@@ -31,13 +31,13 @@ def check(cache, visible):
         for slot, p in enumerate(np.asarray(cache.pos[b])):
             if p >= 0:
                 code = 1000 * b + 100 * np.arange(N) + p
-                assert np.array_equal(cache.k[:, b, :, slot, 0, 0], np.stack([code] * 2))
-                assert np.array_equal(cache.v[:, b, :, slot, 0, 0], -np.stack([code] * 2))
+                assert np.array_equal(cache.k[:, b, :, 0, slot, 0], np.stack([code] * 2))
+                assert np.array_equal(cache.v[:, b, :, 0, slot, 0], -np.stack([code] * 2))
 
 
 def test_empty():
     cache = ring.empty(CFG, 2, N)
-    assert cache.k.shape == cache.v.shape == (2, 2, N, W, 1, 4)
+    assert cache.k.shape == cache.v.shape == (2, 2, N, 1, W, 4)
     check(cache, [[], []])
     assert np.array_equal(cache.next, [0, 0])
 
@@ -93,5 +93,5 @@ def test_bytes_do_not_depend_on_the_history():
 def test_dtype_is_the_models():
     cache = ring.empty(transformer_config(dtype="bfloat16"), 1, N)
     assert cache.k.dtype == jnp.bfloat16 and cache.pos.dtype == cache.next.dtype == jnp.int32
-    cache = ring.write(cache, jnp.ones((1, 1, N, 1, 2, 8)), jnp.ones((1, 1, N, 1, 2, 8)))
+    cache = ring.write(cache, jnp.ones((1, 1, N, 2, 1, 8)), jnp.ones((1, 1, N, 2, 1, 8)))
     assert cache.k.dtype == jnp.bfloat16

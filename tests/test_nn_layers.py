@@ -58,23 +58,33 @@ def test_fan_in_has_the_standard_deviation_it_names(inputs, fan):
 
 
 def test_rope_1d():
-    x, positions = normal(2, 6, 3, 8), np.array([0, 1, 2, 5, 40, 300])
+    x, positions = normal(2, 3, 6, 8), np.array([0, 1, 2, 5, 40, 300])
     angles = layers.time_angles(jnp.asarray(positions), 8, 10_000.0)
-    expected = np.moveaxis(reference.rope_1d(np.moveaxis(x, -2, 1), positions, 10_000.0), 1, -2)
+    expected = reference.rope_1d(x, positions, 10_000.0)
     np.testing.assert_allclose(layers.rotate(x, angles), expected, rtol=1e-4, atol=5e-5)
 
 
 def test_rope_2d():
-    x = normal(2, 6, 3, 8)
+    x = normal(2, 3, 6, 8)
     rows, columns = np.array([0, 0, 0, 1, 1, 7]), np.array([0, 1, 2, 0, 1, 0.5])
     angles = layers.space_angles(np.stack([rows, columns], -1), 8, 10.0)
     assert angles.shape == (6, 4) and angles.dtype == np.float32
-    expected = np.moveaxis(reference.rope_2d(np.moveaxis(x, -2, 1), rows, columns, 10.0), 1, -2)
+    expected = reference.rope_2d(x, rows, columns, 10.0)
     np.testing.assert_allclose(layers.rotate(x, angles, axes=2), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_by_a_product_is_the_same(monkeypatch, axes, dtype):
+    """What a TPU does instead of slicing channels."""
+    x, angles = jnp.asarray(normal(2, 3, 5, 8), dtype), layers.time_angles(jnp.arange(5), 8, 10_000.0)
+    sliced = layers.rotate(x, angles, axes)
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    assert np.array_equal(layers.rotate(x, angles, axes), sliced) and sliced.dtype == dtype
+
+
 def test_rope_makes_scores_depend_on_distance_alone():
-    q, k = normal(1, 1, 8), normal(1, 1, 8, seed=1)
+    q, k = normal(1, 8), normal(1, 8, seed=1)
 
     def score(i, j):
         turned = [layers.rotate(x, layers.time_angles(jnp.array([p]), 8, 10_000.0)) for x, p in ((q, i), (k, j))]
@@ -95,9 +105,9 @@ def test_time_angles_are_float32_at_frame_2000():
 
 
 def test_rotation_of_bfloat16_uses_float32_angles():
-    x = jnp.asarray(normal(201, 2, 16), jnp.bfloat16)
+    x = jnp.asarray(normal(2, 201, 16), jnp.bfloat16)
     positions = np.arange(1900, 2101)
     y = layers.rotate(x, layers.time_angles(jnp.asarray(positions), 16, 10_000.0))
     assert y.dtype == jnp.bfloat16
-    exact = np.swapaxes(reference.rope_1d(np.swapaxes(np.asarray(x, np.float64), 0, 1), positions, 10_000.0), 0, 1)
+    exact = reference.rope_1d(np.asarray(x, np.float64), positions, 10_000.0)
     np.testing.assert_allclose(y.astype(np.float32), exact, rtol=2**-8, atol=2e-3)

@@ -57,6 +57,12 @@ def step(net, x, cache, segments=None):
 # The equations
 
 
+def projections(attention, cfg):
+    """Matrices of queries [D, H, K], keys and values [D, G, K], from the one that holds them by group."""
+    w = np.asarray(attention.qkv[...], np.float64).reshape(cfg.width, cfg.kv_heads, -1, cfg.head_dim)
+    return w[:, :, :-2].reshape(cfg.width, cfg.heads, cfg.head_dim), w[:, :, -2], w[:, :, -1]
+
+
 def reference_forward(net, x, segments):
     """The whole stack in float64, written from paper 3.4 and `tests.reference`."""
     cfg = net.cfg
@@ -69,7 +75,7 @@ def reference_forward(net, x, segments):
     def layer(x, p, over_time):
         a = p.attention
         y = reference.rms_norm(x, p.norm1.scale[...])
-        q, k, v = (np.einsum("btnd,dhk->btnhk", y, np.asarray(w[...], np.float64)) for w in (a.q, a.k, a.v))
+        q, k, v = (np.einsum("btnd,dhk->btnhk", y, w) for w in projections(a, cfg))
         q, k = reference.rms_norm(q, a.q_scale[...]), reference.rms_norm(k, a.k_scale[...])
         if over_time:
             q, k, v = (np.swapaxes(z, 1, 2) for z in (q, k, v))
@@ -85,7 +91,8 @@ def reference_forward(net, x, segments):
             bias = b_q @ np.swapaxes(b_k, -1, -2) / np.sqrt(cfg.head_dim)
         y = reference.attention(q, k, v, time[:, None] if over_time else space, cfg.softcap, bias)
         y = np.swapaxes(y, 1, 2) if over_time else y
-        x = x + np.einsum("btnhk,hkd->btnd", y, np.asarray(a.o[...], np.float64))
+        out = np.asarray(a.o[...], np.float64).reshape(cfg.heads, cfg.head_dim, cfg.width)
+        x = x + np.einsum("btnhk,hkd->btnd", y, out)
         y = reference.rms_norm(x, p.norm2.scale[...])
         return x + reference.swiglu(y, p.mlp.gate[...], p.mlp.up[...], p.mlp.down[...])
 
@@ -370,7 +377,7 @@ def test_scan_and_remat_change_no_value_and_no_gradient(plain, scan, remat):
 def test_parameters_are_stacked_and_drawn_with_a_key_each():
     cfg = transformer_config(layers=2, time_every=1)  # a full period takes seconds to compile
     net = jax.jit(partial(Transformer, cfg=cfg))(jax.random.key(0))
-    q = net.periods.time.attention.q[...]
-    assert q.shape == (2, 32, 4, 8) and not np.array_equal(q[0], q[1])
+    q = net.periods.time.attention.qkv[...]
+    assert q.shape == (2, 32, (4 + 2 * 2) * 8) and not np.array_equal(q[0], q[1])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(net))
     np.testing.assert_allclose(np.std(q), 32**-0.5, rtol=0.1)

@@ -65,6 +65,17 @@ def test_a_mesh_for_another_number_of_devices_is_refused():
         make_mesh(MeshSpec(data=4, ctx=2))
 
 
+def test_slices_are_crossed_by_replica_alone():
+    class Device:
+        platform = "tpu"
+
+        def __init__(self, index):
+            self.slice_index = index // 4
+
+    with pytest.raises(ConfigError, match="mesh replica=1: there are 2 slices, and only replica crosses them"):
+        make_mesh(MeshSpec(data=8), [Device(i) for i in range(8)])
+
+
 @pytest.mark.parametrize(
     "batches, devices, expected", [((8, 4, 12, 32), 2, 2), ((8, 12), 8, 4), ((6,), 4, 3), ((5,), 4, 1)]
 )
@@ -168,6 +179,7 @@ def require_equal_updates(toy, phase, of, meshes, share):
 
 
 def test_gradients_are_the_same_on_a_mesh_of_eight(toy):
+    """Peer mistake 2: gradients are reduced over all devices."""
     require_equal_updates(toy, "dynamics", ["gradients"], MESHES[2:3], 0.3)
 
 

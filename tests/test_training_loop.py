@@ -73,6 +73,7 @@ def lines(run_dir):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "laprop", "muon"])
 def test_n_and_resume_and_n_are_2n_bit_for_bit(tmp_path, optimizer):
+    """Peer mistake 10: everything that the future depends on is in the checkpoint."""
     cfg = replace(TINY, optimizer=optimizer)
     whole = train(Regression(cfg), tmp_path / "whole")
     first = train(Regression(cfg), tmp_path / "parts", stop_after=4)

@@ -109,7 +109,7 @@ def quick_init(phase):
     """The phase with parameters drawn in NumPy; those that it takes over stay what they are."""
     if phase.name != "imagination":
         drawn = small.drawn(phase.init, 5)
-        phase.init = lambda key: drawn
+        phase.init = lambda key, base=None: drawn
     return phase
 
 
@@ -270,7 +270,7 @@ def test_which_rows_each_loss_of_phase_2_reads(data):
     @partial(jax.jit, compiler_options=QUICK)
     def pull(weight, latents):
         def loss(x):
-            terms, _ = phase.loss(model, agent(1), None, {**batch, "latents": x}, jax.random.key(0))
+            terms, _ = phase.loss(model, agent(1), None, {**batch, "latents": x}, jax.random.key(4))
             return jnp.stack([terms[n] for n in names])
 
         return jax.vjp(loss, latents)[1](weight)[0]
@@ -289,7 +289,7 @@ def test_the_weights_of_phase_2_reach_the_loss(data):
     """agent.dynamics_weight scales the normalised dynamics term of the sum, agent.event_weight the targets of heads."""
     cfg = config(**{"agent.dynamics_weight": 0.25, "agent.event_weight": 7.0})
     phase, batch = AgentPhase(cfg, data[1], agent().dynamics), agent_batch(data)
-    phase.init = lambda key: agent()
+    phase.init = lambda key, base=None: agent()
     assert phase.weights == {"dynamics": 0.25}
     optimizer = make_optimizer(phase.config)
     start = state.init_state(phase, optimizer, batch, jax.random.key(0))

@@ -102,7 +102,7 @@ def test_a_step_compiles_once_for_each_of_the_two_lengths():
 def test_the_state_is_donated_and_what_the_phase_holds_is_not():
     phase = Regression()
     held = phase.init(jax.random.key(7))
-    phase.init = lambda key: held  # a phase that starts from arrays somebody else still reads
+    phase.init = lambda key, base=None: held  # a phase that starts from arrays somebody else still reads
     _, state, step = prepare(phase)
     batch, key = jax.device_put(next(phase.batches(0))), jax.random.key(1)
     size = sum(x.nbytes for x in jax.tree.leaves(state))

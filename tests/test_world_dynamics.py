@@ -45,9 +45,8 @@ forward = jax.jit(call)
 def test_registers_fill_a_frame_up_to_a_multiple_of_eight(registers, agents):
     cfg = config(**{"dynamics.registers": registers, "dynamics.agent_tokens": agents})
     model = jax.eval_shape(lambda key: Dynamics(cfg, key), jax.random.key(0))
-    assert model.tokens(agent=True) % 8 == 0
+    assert model.tokens % 8 == 0
     assert registers <= model.registers.shape[0] < registers + 8
-    assert model.tokens(agent=False) == model.tokens(agent=True) - agents
 
 
 def test_context_level_is_rounded_down_to_the_grid():
@@ -255,10 +254,10 @@ def test_the_read_out_sees_the_action_that_led_to_its_frame_and_none_after_it(mo
 # Streams
 
 
-def stream(model, z, actions, task=None, *, agent, starts=None):
+def stream(model, z, actions, task=None, *, starts=None):
     """One frame at a time."""
     tau, d = levels(*z.shape[:2])
-    cache, outs = model.init_cache(len(z), agent=agent), []
+    cache, outs = model.init_cache(len(z)), []
     for t in range(z.shape[1]):
         if starts is not None:
             cache = ring.reset(cache, starts[:, t])
@@ -279,15 +278,14 @@ CLOSE = dict(rtol=3e-5, atol=3e-5)
 
 def test_cached_equals_uncached_through_a_wrap(model):
     z, actions = latents(B, 11), moves(B, 11)
-    (z1, _), cache = stream(model, z, actions, agent=False)
+    (z1, _), cache = stream(model, z, actions)
     np.testing.assert_allclose(z1, forward(model, z, actions).z1, **CLOSE)
-    assert cache.k.shape[2] == model.tokens(agent=False)
 
 
 @pytest.fixture(scope="module")
 def with_task(model):
     z, actions, task = latents(B, 11), moves(B, 11), jnp.concatenate([TASK, TASK[:, :4]], 1)
-    return z, actions, task, stream(model, z, actions, task, agent=True)
+    return z, actions, task, stream(model, z, actions, task)
 
 
 def test_cached_equals_uncached_with_agent_tokens(model, with_task):
@@ -295,25 +293,27 @@ def test_cached_equals_uncached_with_agent_tokens(model, with_task):
     whole = forward(model, z, actions, task)
     np.testing.assert_allclose(z1, whole.z1, **CLOSE)
     np.testing.assert_allclose(h, whole.h, **CLOSE)
-    assert cache.k.shape[2] == model.tokens(agent=True)
+    assert cache.k.shape[2] == model.tokens
 
 
-def test_a_pass_without_task_reads_a_cache_with_agent_tokens(model, with_task):
+def test_a_pass_without_task_predicts_and_writes_the_same_of_the_world(model, with_task):
     z, actions, task, (_, cache) = with_task
     more, acted = latents(B, 1, 5), moves(B, 1)
     tau, d = levels(B, 1)
     without, within = (step(model, more, tau, d, acted, which, cache) for which in (None, task[:, :1]))
     np.testing.assert_allclose(without.z1, within.z1, **CLOSE)
-    assert without.cache is None and within.cache is not None
+    agents = model.agent.shape[0]
+    np.testing.assert_allclose(without.cache.k[:, :, :-agents], within.cache.k[:, :, :-agents], **CLOSE)
+    assert without.h is None and within.h is not None
 
 
 def test_prefill_with_segments_equals_stepping_with_resets(model, with_task):
     z, actions, task, _ = with_task
     starts = np.zeros((B, 11), bool)
     starts[:, 0] = starts[0, 4] = starts[1, [6, 9]] = True
-    (z1, h), cache = stream(model, z, actions, task, agent=True, starts=jnp.asarray(starts))
+    (z1, h), cache = stream(model, z, actions, task, starts=jnp.asarray(starts))
     segments = first_of_segment(jnp.asarray(starts))
-    whole = forward(model, z, actions, task, segments, model.init_cache(B, agent=True))
+    whole = forward(model, z, actions, task, segments, model.init_cache(B))
     np.testing.assert_allclose(z1, whole.z1, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(h, whole.h, rtol=1e-4, atol=1e-4)
     more = (latents(B, 1, 5), *levels(B, 1), moves(B, 1), task[:, :1])
@@ -332,7 +332,7 @@ def test_2000_frames_equal_windowed_recomputation(model):
             out = step(model, *jax.tree.map(lambda x: x[:, None], one), cache)
             return out.cache, (out.z1[:, 0], out.h[:, 0])
 
-        first = model.init_cache(1, agent=True)
+        first = model.init_cache(1)
         return jax.lax.scan(body, first, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), inputs))
 
     inputs = (z, tau, d, actions, task)
@@ -340,7 +340,7 @@ def test_2000_frames_equal_windowed_recomputation(model):
     assert sorted(np.asarray(cache.pos[0])) == [1997, 1998, 1999]
     for t in (5, 256, 257, 300, 1024, 1999):
         part = jax.tree.map(lambda x, t=t: x[:, t - 2 : t + 1], inputs)
-        fresh = model.init_cache(1, agent=True)
+        fresh = model.init_cache(1)
         # At the same positions, and at positions counted from 0: there the angles round differently.
         for first, close in ((t - 2, 3e-5), (0, 3e-3)):
             out = step(model, *part, ring.Cache(fresh.k, fresh.v, fresh.pos, fresh.next + first))

@@ -32,14 +32,15 @@ class Knowing:
     context_level: float = 0.875
     calls: list = field(default_factory=list)
 
-    def init_cache(self, batch, *, agent=False):
+    def init_cache(self, batch):
         return SimpleCache(jnp.zeros((batch, 1), jnp.int32))
 
-    def __call__(self, z, tau, d, actions, *, task=None, segments=None, cache=None):
+    def __call__(self, z, tau, d, actions, *, task=None, segments=None, cache=None, finished=None):
         at = int(cache.pos[0, 0])
         self.calls.append(SimpleNamespace(z=z, tau=tau, d=d, actions=actions, segments=segments, at=at))
         frames = z.shape[1]
-        return DynamicsOutput(jnp.asarray(self.truth[:, at : at + frames]), None, SimpleCache(cache.pos + frames))
+        after = SimpleCache(cache.pos + (frames if finished is None else finished))
+        return DynamicsOutput(jnp.asarray(self.truth[:, at : at + frames]), None, after)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pos"], meta_fields=[])
@@ -67,22 +68,25 @@ def test_every_input_of_the_network_is_on_the_grid_and_at_its_level(steps):
         assert {*zip(np.ravel(call.tau).tolist(), np.ravel(call.d).tolist(), strict=True)} <= grid
         assert call.tau.dtype == call.d.dtype == call.z.dtype == jnp.float32
     prefill, *rest = model.calls
-    assert prefill.at == 0 and prefill.z.shape[1] == CONTEXT
-    assert len(rest) == FUTURE * (steps + 1)
-    noises = [(prefill.z - 0.875 * truth[:, :CONTEXT]) / 0.125]
+    assert prefill.at == 0 and prefill.z.shape[1] == CONTEXT - 1
+    assert len(rest) == FUTURE * steps  # no pass only to write
+    noises = [(prefill.z - 0.875 * truth[:, : CONTEXT - 1]) / 0.125]
     for i in range(FUTURE):
         at = CONTEXT + i
-        *denoising, write = rest[i * (steps + 1) : (i + 1) * (steps + 1)]
-        noise, true = denoising[0].z, truth[:, at : at + 1]
-        for j, call in enumerate(denoising):
+        both, *denoising = rest[i * steps : (i + 1) * steps]
+        # The first pass shows the last finished frame at the context level, and the new frame as pure noise.
+        assert both.at == at - 1 and both.z.shape[1] == 2
+        assert np.all(both.tau == np.array([0.875, 0])) and np.all(both.d == np.array([1 / K_MAX, 1 / steps]))
+        noise, true = both.z[:, 1:], truth[:, at : at + 1]
+        for j, call in enumerate(denoising, 1):
             assert call.at == at and np.all(call.tau == j / steps) and np.all(call.d == 1 / steps)
             # The straight line from the noise to the truth, at the very level that the label names.
             np.testing.assert_allclose(call.z, (1 - j / steps) * noise + j / steps * true, rtol=1e-5, atol=1e-5)
-        assert write.at == at and np.all(write.tau == 0.875) and np.all(write.d == 1 / K_MAX)
-        for call in (*denoising, write):
-            assert np.array_equal(call.actions.values["move"], actions.values["move"][:, at : at + 1])
-            assert np.array_equal(call.actions.present["move"], actions.present["move"][:, at : at + 1])
-        noises += [noise, (write.z - 0.875 * true) / 0.125]
+        for call in (both, *denoising):
+            for name in ("values", "present"):
+                shown, given = getattr(call.actions, name)["move"], getattr(actions, name)["move"]
+                assert np.array_equal(shown, given[:, call.at : at + 1])
+        noises += [noise, (both.z[:, :1] - 0.875 * truth[:, at - 1 : at]) / 0.125]
     # What is left beside the truth at its label is standard normal noise, drawn anew each time.
     every = np.concatenate([np.ravel(n) for n in noises])
     assert abs(every.mean()) < 5 / len(every) ** 0.5 and abs(every.std() - 1) < 5 / (2 * len(every)) ** 0.5
@@ -125,7 +129,7 @@ def generate_without_cache(model, context, actions, key, steps, segments):
     batch, total = actions.values["move"].shape
     future = total - CONTEXT
     segments = jnp.concatenate([segments, jnp.repeat(segments[:, -1:], future, 1)], 1)
-    of_context, of_future = jax.random.split(key)
+    of_context, of_last, of_future = jax.random.split(key, 3)
     level = model.context_level
     z, tau, d = np.zeros((batch, total, 4, 4), np.float32), np.zeros((batch, total)), np.full((batch, total), 1 / K_MAX)
 
@@ -133,7 +137,8 @@ def generate_without_cache(model, context, actions, key, steps, segments):
         z[:, at] = (1 - level) * jax.random.normal(key, clean.shape) + level * clean
         tau[:, at], d[:, at] = level, 1 / K_MAX
 
-    settle(slice(0, CONTEXT), np.asarray(context), of_context)
+    settle(slice(0, CONTEXT - 1), np.asarray(context[:, :-1]), of_context)
+    settle(slice(CONTEXT - 1, CONTEXT), np.asarray(context[:, -1:]), of_last)
     out = []
     for t, k in zip(range(CONTEXT, total), jax.random.split(of_future, future), strict=True):
         of_noise, of_write = jax.random.split(k)
@@ -160,6 +165,32 @@ def test_generation_equals_recomputation_and_steps_compile_nothing(model, sample
         results.append(np.asarray(out))
     assert sampler._cache_size() == 1
     assert np.abs(results[0] - results[1]).max() > 0.01 and np.abs(results[1] - results[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_frame_is_written_by_the_first_pass_of_the_next(model, steps):
+    """K passes a frame: the same cache and frame as with a pass of its own for writing."""
+    z, actions, keys = latents(2, CONTEXT), moves(2, CONTEXT + 2), jax.random.split(jax.random.key(3))
+    cut = lambda start, stop: jax.tree.map(lambda x: x[:, start:stop], actions)
+    last, led, new = z[:, -1:], cut(CONTEXT - 1, CONTEXT), cut(CONTEXT, CONTEXT + 1)
+
+    @jax.jit
+    def both(model, cache):
+        cache, _ = shortcut.observe(model, cache, z[:, :-1], cut(0, CONTEXT - 1), jax.random.key(2))
+        fused = shortcut.next_frame(model, cache, last, led, new, (keys[0], keys[1]), steps=steps)
+        written, _ = shortcut.observe(model, cache, last, led, keys[0])
+        return fused, (written, shortcut.denoise(model, written, new, keys[1], steps=steps))
+
+    fused, apart = both(model, model.init_cache(2))
+    assert np.array_equal(fused[0].next, apart[0].next) and np.array_equal(fused[0].pos, apart[0].pos)
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_frame_is_context_enough(model, sampler):
+    z, actions = latents(2, 1), moves(2, 3)
+    out = sampler(model, z, actions, jax.random.key(0), 2, jnp.zeros((2, 1), jnp.int32))
+    assert out.shape == (2, 2, 4, 4) and np.isfinite(out).all()
 
 
 def test_generated_frames_depend_on_actions_and_context_of_their_past_alone(model, sampler):

@@ -140,12 +140,13 @@ def test_rows_mix_gives_each_row_one_branch():
     actions, segments = moves(16, 5), jnp.arange(80).reshape(16, 5)
     shortcut.shortcut_forward(student, teacher, latents(16, 5), actions, jax.random.key(0), segments=segments)
     d = np.asarray(student.calls[0][2])
-    assert (d[:4] > 1 / K_MAX).all() and (d[4:] == 1 / K_MAX).all()
+    bootstrap = np.arange(16) % 4 == 0
+    assert (d[bootstrap] > 1 / K_MAX).all() and (d[~bootstrap] == 1 / K_MAX).all()
     assert len(teacher.calls) == 2
     (_, tau, big, _, _), (_, tau1, d1, acted, seg), (_, tau2, d2, _, _) = student.calls[0], *teacher.calls
-    assert np.array_equal(d1, big[:4] / 2) and np.array_equal(d2, d1)
-    assert np.array_equal(tau1, tau[:4]) and np.array_equal(tau2, tau[:4] + d1)
-    assert np.array_equal(acted.values["move"], actions.values["move"][:4]) and np.array_equal(seg, segments[:4])
+    assert np.array_equal(d1, big[::4] / 2) and np.array_equal(d2, d1)
+    assert np.array_equal(tau1, tau[::4]) and np.array_equal(tau2, tau[::4] + d1)
+    assert np.array_equal(acted.values["move"], actions.values["move"][::4]) and np.array_equal(seg, segments[::4])
 
 
 def test_frames_mix_draws_eq_4_and_keeps_flow_frames_as_context_of_the_teacher():
@@ -177,7 +178,7 @@ def test_rows_restricts_the_loss_to_the_first_rows(mix):
 
     def loss(z1):
         student.calls.clear()
-        return shortcut.shortcut_forward(student, teacher, z1, moves(8, 5), jax.random.key(3), rows=3)[0]
+        return shortcut.shortcut_forward(student, teacher, z1, moves(8, 5), jax.random.key(5), rows=3)[0]
 
     value = loss(z1)
     errors, tau, flow = literal_errors(student, np.asarray(z1, np.float64))
@@ -201,10 +202,23 @@ def test_rows_without_the_loss_stand_at_the_context_level():
 
 def test_bootstrap_rows():
     cfg = DynamicsConfig(bootstrap_fraction=0.25)
-    assert [shortcut.bootstrap_rows(cfg, n) for n in (2, 4, 16)] == [1, 1, 4]
-    assert shortcut.bootstrap_rows(replace(cfg, bootstrap_fraction=0.9), 2) == 1  # one is left for flow
-    assert shortcut.bootstrap_rows(replace(cfg, mix="frames"), 5) == 5
-    assert shortcut.bootstrap_rows(replace(cfg, objective="diffusion"), 5) == 0
+    rows = lambda n, **fields: list(shortcut.bootstrap_rows(replace(cfg, **fields), n))
+    assert [rows(n) for n in (2, 4, 16)] == [[0], [0], [0, 4, 8, 12]]
+    assert rows(7) == [0, 3] and rows(10) == [0, 5]
+    assert rows(2, bootstrap_fraction=0.9) == [0]  # one is left for flow
+    assert rows(5, mix="frames") == [0, 1, 2, 3, 4]
+    assert rows(5, objective="diffusion") == []
+
+
+@pytest.mark.parametrize("batch, rows", [(16, 16), (7, 7), (16, 8), (7, 3)])
+def test_the_target_of_a_bootstrap_row_is_its_own(batch, rows):
+    """Whatever the stride: rows are picked for the teacher and its answers go back to the same rows."""
+    student, teacher = fakes(mix="rows", bootstrap_fraction=0.4)
+    z1 = latents(batch, 5)
+    loss, *_ = shortcut.shortcut_forward(student, teacher, z1, moves(batch, 5), jax.random.key(1), rows=rows)
+    errors, tau, flow = literal_errors(student, np.asarray(z1, np.float64))
+    assert (~flow[:rows]).any() and flow[rows:].all()
+    np.testing.assert_allclose(loss, (reference.ramp(tau) * errors)[:rows].mean(), **CLOSE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

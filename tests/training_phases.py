@@ -61,7 +61,9 @@ class Regression:
     def frozen(self) -> Any:
         return {"target": jnp.arange(1.0, self.width + 1)}
 
-    def init(self, key: jax.Array) -> Net:
+    start_from = None
+
+    def init(self, key: jax.Array, base: Any = None) -> Net:
         return Net(key, self.width)
 
     def loss(self, model: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:

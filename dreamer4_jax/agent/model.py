@@ -109,7 +109,7 @@ class WorldModelPolicy:
                 dtype = {"binary": jnp.uint8, "continuous": jnp.float32}.get(part.kind, jnp.int32)
                 single = part.kind in ("categorical", "mouse")
                 actions[part.name] = jnp.zeros((count,) if single else (count, part.size), dtype)
-            memory = _Memory(tokenizer.init_cache(count), dynamics.init_cache(count, agent=True), actions)
+            memory = _Memory(tokenizer.init_cache(count), dynamics.init_cache(count), actions)
             # Bound to a device as what `_act` returns is, or the second decision would compile again.
             self._memory = jax.device_put(memory, jax.local_devices()[0])
         before = np.zeros_like(starting) if self._starting is None else self._starting

@@ -3,6 +3,7 @@
 A mask is a small description (`Mask`), made dense only over the few rows and columns of one space or time attention.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer4_jax.parallel.sharding import platform
+
 Impl = Literal["auto", "reference", "xla"]
+EXP_LIMIT = 60.0  # a sum of a million exp(60) is still a float32, and exp(-60) too
 
 
 @partial(
@@ -78,14 +82,27 @@ def _mix(p: Array, v: Array) -> Array:
     return out.reshape(*lead, r, length, v.shape[-1])
 
 
+@jax.custom_jvp
+def _ratio(a: Array, b: Array) -> Array:
+    """``a / b``, whose derivative squares nothing: sums of exp reach from exp(-60) to exp(60) and beyond."""
+    return a / b
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    out = _ratio(a, b)
+    return out, (da - out * db) / b
+
+
 def _reference(q, ks, vs, masks, biases, softcap):
-    *lead, length, heads, dim = q.shape
-    groups = ks[0].shape[-2]
-    q = jnp.moveaxis(q.reshape(*lead, length, groups, heads // groups, dim), -4, -2)
+    *lead, heads, length, dim = q.shape
+    groups = ks[0].shape[-3]
+    q = q.reshape(*lead, groups, heads // groups, length, dim)
     q = q * jnp.asarray(dim**-0.5, q.dtype)
     scores = []
     for k, mask, bias in zip(ks, masks, biases, strict=True):
-        s = _scores(q, jnp.moveaxis(k, -2, -3))
+        s = _scores(q, k)
         if bias is not None:
             s = s + bias.reshape(*bias.shape[:-3], groups, heads // groups, *bias.shape[-2:])
         if softcap:
@@ -94,13 +111,15 @@ def _reference(q, ks, vs, masks, biases, softcap):
         if dense is not None:
             s = jnp.where(dense[..., None, None, :, :], s, jnp.finfo(jnp.float32).min)
         scores.append(s)
-    # One softmax over all sources without building their concatenation of keys and values.
-    p = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
-    p = p.astype(vs[0].dtype)
-    ends = np.cumsum([k.shape[-3] for k in ks])
-    parts = jnp.split(p, ends[:-1], axis=-1) if len(ks) > 1 else [p]
-    out = sum(_mix(part, jnp.moveaxis(v, -2, -3)) for part, v in zip(parts, vs, strict=True))
-    return jnp.moveaxis(out, -2, -4).reshape(*lead, length, heads, dim)
+    # One softmax over all sources without building their concatenation of keys and values. Under a soft cap exp cannot
+    # overflow, so no row needs its maximum first: the float32 logits are read once, where a softmax reads them thrice.
+    top = 0.0
+    if not softcap or softcap > EXP_LIMIT:
+        top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores)))
+    weights = [jnp.exp(s - top) for s in scores]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    mixed = sum(_mix(w.astype(v.dtype), v).astype(jnp.float32) for w, v in zip(weights, vs, strict=True))
+    return _ratio(mixed, total).astype(vs[0].dtype).reshape(*lead, heads, length, dim)
 
 
 def attention(
@@ -112,6 +131,7 @@ def attention(
     *,
     softcap: float | None = None,
     impl: Impl = "auto",
+    heads_first: bool = False,
 ) -> Float[Array, "... L H K"]:
     """Grouped-query attention, softmax in float32; a soft cap turns a logit s into ``softcap * tanh(s / softcap)``.
 
@@ -121,7 +141,8 @@ def attention(
     Args:
       bias: float32, added to ``q k / sqrt(K)`` before the soft cap.
       impl: "reference" is einsums on any backend; "xla" is `jax.nn.dot_product_attention` (one source, no soft cap);
-        "auto" takes "xla" where it applies on an accelerator.
+        "auto" takes "xla" where it applies on a GPU or TPU.
+      heads_first: q [..., H, L, K], k and v [..., G, S, K], and so the result: the order in which they are multiplied.
     """
     ks = list(k) if isinstance(k, Sequence) else [k]
     vs = list(v) if isinstance(v, Sequence) else [v]
@@ -131,9 +152,13 @@ def attention(
     if impl == "xla" and not one:
         raise ValueError("attention(impl='xla') takes one source and no softcap; use impl='reference'")
     if impl == "auto":
-        impl = "xla" if one and jax.default_backend() != "cpu" else "reference"
+        impl = "xla" if one and platform() != "cpu" else "reference"
+    if heads_first == (impl == "xla"):  # each path has its own order
+        q, *rest = (jnp.swapaxes(x, -3, -2) for x in (q, *ks, *vs))
+        ks, vs = rest[: len(ks)], rest[len(ks) :]
     if impl == "reference":
-        return _reference(q, ks, vs, masks, biases, softcap)
+        out = _reference(q, ks, vs, masks, biases, softcap)
+        return out if heads_first else jnp.swapaxes(out, -3, -2)
     *lead, length, heads, dim = q.shape
     dense = None if masks[0] is None else masks[0].dense()
     if dense is not None:
@@ -142,4 +167,5 @@ def attention(
         full = jnp.broadcast_to(biases[0], (*lead, *biases[0].shape[-3:]))
         biases[0] = full.reshape(-1, *full.shape[-3:])
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-3:]) for x in (q, ks[0], vs[0]))
-    return jax.nn.dot_product_attention(flat_q, flat_k, flat_v, bias=biases[0], mask=dense).reshape(q.shape)
+    out = jax.nn.dot_product_attention(flat_q, flat_k, flat_v, bias=biases[0], mask=dense).reshape(q.shape)
+    return jnp.swapaxes(out, -3, -2) if heads_first else out

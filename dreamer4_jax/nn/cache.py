@@ -13,28 +13,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dreamer4_jax.config import TransformerConfig
+from dreamer4_jax.parallel.sharding import CACHE, constrain
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos", "next"], meta_fields=[])
 @dataclass(frozen=True)
 class Cache:
     """Attributes:
-    k, v: [layers, B, N, W, G, K], the time layers' keys and values.
+    k, v: [layers, B, N, G, W, K], the time layers' keys and values, in the order in which attention multiplies them: no
+      pass has to lay the ring out anew.
     pos: int32 [B, W], absolute frame index held by each slot, -1 if empty.
     next: int32 [B], index of the stream's next frame.
     """
 
-    k: Float[Array, "layers B N W G K"]
-    v: Float[Array, "layers B N W G K"]
+    k: Float[Array, "layers B N G W K"]
+    v: Float[Array, "layers B N G W K"]
     pos: Int[Array, "B W"]
     next: Int[Array, " B"]
 
 
 def empty(cfg: TransformerConfig, batch: int, tokens: int) -> Cache:
     """A cache of `batch` fresh streams of `tokens` tokens per frame."""
-    shape = (cfg.time_layers, batch, tokens, cfg.window, cfg.kv_heads, cfg.head_dim)
+    shape = (cfg.time_layers, batch, tokens, cfg.kv_heads, cfg.window, cfg.head_dim)
     # Two buffers, not one twice: a cache is made to be donated.
     k, v = jnp.zeros(shape, jnp.dtype(cfg.dtype)), jnp.zeros(shape, jnp.dtype(cfg.dtype))
+    k, v = constrain(k, *CACHE), constrain(v, *CACHE)
     return Cache(k, v, jnp.full((batch, cfg.window), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
@@ -48,12 +51,12 @@ def write(cache: Cache, k: Array, v: Array, segments: Int[Array, "B T"] | None =
     """Appends T finished frames to every stream.
 
     Args:
-      k, v: [layers, B, N, T, G, K] of frames ``next .. next + T - 1``, rotated by those indices.
+      k, v: [layers, B, N, G, T, K] of frames ``next .. next + T - 1``, rotated by those indices.
       segments: episode numbers of the frames. Only the last frame's episode stays visible to what follows; what the
         ring held before belongs to the episode of the first frame.
     """
     window = cache.pos.shape[1]
-    frames = k.shape[3]
+    frames = k.shape[4]
     index = cache.next[:, None] + jnp.arange(frames, dtype=jnp.int32)
     after = cache.next + frames
     stored, held = index, cache.pos
@@ -61,12 +64,13 @@ def write(cache: Cache, k: Array, v: Array, segments: Int[Array, "B T"] | None =
         stored = jnp.where(segments == segments[:, -1:], index, -1)
         held = jnp.where(segments[:, :1] == segments[:, -1:], held, -1)
     drop = max(0, frames - window)  # frames that the ring would overwrite at once
-    k, v, index, stored = k[:, :, :, drop:], v[:, :, :, drop:], index[:, drop:], stored[:, drop:]
+    k, v, index, stored = k[..., drop:, :], v[..., drop:, :], index[:, drop:], stored[:, drop:]
     slots = index % window
 
-    def put(ring, new, slot):  # one stream: ring [layers, N, W, G, K]
-        return ring.at[:, :, slot].set(new.astype(ring.dtype), unique_indices=True)
+    def put(ring, new, slot):  # one stream: ring [layers, N, G, W, K]
+        return ring.at[:, :, :, slot].set(new.astype(ring.dtype), unique_indices=True)
 
     over_streams = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
     pos = jax.vmap(lambda p, s, i: p.at[s].set(i, unique_indices=True))(held, slots, stored)
-    return Cache(over_streams(cache.k, k, slots), over_streams(cache.v, v, slots), pos, after)
+    k, v = (constrain(over_streams(ring, new, slots), *CACHE) for ring, new in ((cache.k, k), (cache.v, v)))
+    return Cache(k, v, pos, after)

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dreamer4_jax.parallel.sharding import platform
+
 Axes = tuple[str | None, ...]
 
 
@@ -93,14 +95,20 @@ def space_angles(coordinates: np.ndarray, dim: int, base: float) -> np.ndarray:
     return (np.asarray(coordinates, np.float64)[:, :, None] * frequencies).reshape(len(coordinates), -1).astype("f4")
 
 
-def rotate(x: Float[Array, "... L H K"], angles: Array | np.ndarray, axes: int = 1) -> Float[Array, "... L H K"]:
+def rotate(x: Float[Array, "... L K"], angles: Array | np.ndarray, axes: int = 1) -> Float[Array, "... L K"]:
     """Rotary embedding: turns pairs of channels by `angles` [..., L, K/2] (float32).
 
     The K channels are `axes` equal blocks (1: time, 2: rows and columns); in a block channel i pairs with i + half.
     """
-    *lead, k = x.shape
-    angles = angles.reshape(*angles.shape[:-1], 1, axes, k // axes // 2)
+    half = x.shape[-1] // axes // 2
+    blocks = [slice(i * half, (i + 1) * half) for i in range(axes)]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    blocks = x.astype(jnp.float32).reshape(*lead, axes, 2, k // axes // 2)
-    a, b = blocks[..., 0, :], blocks[..., 1, :]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).reshape(x.shape).astype(x.dtype)
+    cos = jnp.concatenate([cos[..., b] for b in blocks for _ in range(2)], axis=-1)
+    sin = jnp.concatenate([s * sin[..., b] for b in blocks for s in (-1.0, 1.0)], axis=-1)
+    partner = np.arange(x.shape[-1]).reshape(axes, 2, half)[:, ::-1].reshape(-1)
+    if platform() == "tpu":
+        # Channels are lanes of a tile, between which only a product moves things fast. Each sum has one term: exact.
+        other = jnp.matmul(x, np.eye(len(partner), dtype=x.dtype)[partner], precision="highest")
+    else:
+        other = jnp.concatenate([x[..., p : p + half] for p in partner[::half]], axis=-1)
+    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)

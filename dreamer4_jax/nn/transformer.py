@@ -5,6 +5,7 @@ space layers attend over the N tokens of a frame, time layers over the frames of
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,14 @@ class Attention(nnx.Module):
         """`centres`: unit biases of the queries, turned to where each head looks at first."""
         q, k, v, o = jax.random.split(key, 4)
         d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
-        self.q = layers.fan_in(q, (d, h, dim), ("embed", "heads", "head_dim"))
-        self.k = layers.fan_in(k, (d, g, dim), ("embed", "kv_heads", "head_dim"))
-        self.v = layers.fan_in(v, (d, g, dim), ("embed", "kv_heads", "head_dim"))
-        scale = (2 * cfg.layers) ** -0.5
-        self.o = layers.fan_in(o, (h, dim, d), ("heads", "head_dim", "embed"), inputs=2, scale=scale)
+        self.dim, self.groups = dim, g
+        # One matrix for the three, whose columns are [G, R + 2, K]: of each group its R queries, the key and the value.
+        # So one product makes them all, a mesh axis can divide the groups, and the columns stay in a TPU's tiles, where
+        # [D, H, K] would be laid out anew for every product.
+        parts = (layers.fan_in(key, (d, g, n, dim), ("embed",)) for key, n in ((q, h // g), (k, 1), (v, 1)))
+        joined = jnp.concatenate([part[...] for part in parts], axis=2).reshape(d, -1)
+        self.qkv = nnx.Param(joined, axes=("embed", "kv_heads"))
+        self.o = layers.fan_in(o, (h * dim, d), ("heads", "embed"), scale=(2 * cfg.layers) ** -0.5)
         # Constants on both sides, the query's turned by the head's centre: after rotation their product peaks at the
         # key that stands where the centre points.
         ones = jnp.ones((dim,), jnp.float32)
@@ -42,18 +46,22 @@ class Attention(nnx.Module):
         self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if local else None
         self.softcap = cfg.softcap or None
 
-    def project(self, x: Float[Array, "... N D"]) -> tuple[Array, Array, Array]:
-        """q [..., N, H, K], k and v [..., N, G, K], normalised but not rotated."""
-        d, h, dim = self.q.shape
-        g = self.k.shape[1]
-        # One product for the three: short of width, three thin ones waste the machine.
-        w = jnp.concatenate([p[...].reshape(d, -1) for p in (self.q, self.k, self.v)], axis=1)
-        qkv = x @ w.astype(x.dtype)
-        q, k, v = jnp.split(qkv, [h * dim, (h + g) * dim], axis=-1)
-        q, k, v = (y.reshape(*x.shape[:-1], -1, dim) for y in (q, k, v))
+    def project(
+        self, x: Float[Array, "... L D"], angles: Array | np.ndarray, axes: int = 1
+    ) -> tuple[Array, Array, Array]:
+        """q [..., H, L, K], k and v [..., G, L, K]; queries and keys normalised, and turned by `angles`."""
+        # Heads first at once: everything that follows then works in one layout, and q, k and v are whole blocks of it.
+        # Not drawn into the product: XLA would lay all weights out anew to have it write heads first.
+        qkv = jax.lax.optimization_barrier(x @ self.qkv[...].astype(x.dtype))
+        heads = jnp.swapaxes(qkv.reshape(*x.shape[:-1], -1, self.dim), -3, -2)
+        *lead, _, length, dim = heads.shape
+        heads = heads.reshape(*lead, self.groups, -1, length, dim)
+        q = heads[..., :-2, :, :].reshape(*lead, -1, length, dim)
+        k, v = heads[..., -2, :, :], heads[..., -1, :, :]
         if self.q_scale is not None and self.k_scale is not None:
             q, k = layers.rms_norm(q, self.q_scale[...]), layers.rms_norm(k, self.k_scale[...])
-        return q, k, v
+        angles = angles[..., None, :, :]
+        return layers.rotate(q, angles, axes), layers.rotate(k, angles, axes), v
 
     def local(
         self, q_angles: Array | np.ndarray, k_angles: Array | np.ndarray, axes: int = 1
@@ -65,17 +73,13 @@ class Attention(nnx.Module):
         """
         if self.q_bias is None or self.k_bias is None:
             return None
-        q = layers.rotate(
-            jnp.broadcast_to(self.q_bias[...], (*q_angles.shape[:-1], *self.q_bias.shape)), q_angles, axes
-        )
-        k = layers.rotate(
-            jnp.broadcast_to(self.k_bias[...], (*k_angles.shape[:-1], 1, *self.k_bias.shape)), k_angles, axes
-        )
-        return jnp.einsum("...lhk,...sgk->...hls", q, k) * q.shape[-1] ** -0.5
+        q = layers.rotate(self.q_bias[...][:, None], q_angles[..., None, :, :], axes)
+        k = layers.rotate(self.k_bias[...], k_angles, axes)
+        return jnp.einsum("...hlk,...sk->...hls", q, k) * q.shape[-1] ** -0.5
 
-    def output(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
-        h, dim, d = self.o.shape
-        return x.reshape(*x.shape[:-2], h * dim) @ self.o[...].reshape(h * dim, d).astype(x.dtype)
+    def output(self, x: Float[Array, "... H L K"]) -> Float[Array, "... L D"]:
+        x = jnp.swapaxes(x, -3, -2)
+        return x.reshape(*x.shape[:-2], -1) @ self.o[...].astype(x.dtype)
 
 
 class Layer(nnx.Module):
@@ -93,33 +97,35 @@ class Layer(nnx.Module):
     ) -> Float[Array, "B T N D"]:
         with jax.named_scope("space_attention"):
             x = constrain(x, "batch", "sharded", None, None)  # every device has frames of its own, whole
-            q, k, v = self.attention.project(self.norm1(x))
-            q, k = layers.rotate(q, angles, axes=2), layers.rotate(k, angles, axes=2)
+            q, k, v = self.attention.project(self.norm1(x), angles, axes=2)
             bias = self.attention.local(angles, angles, axes=2)
             if bias is not None and placed is not None:
                 bias = bias * np.outer(placed, placed)
-            x = x + self.attention.output(attention(q, k, v, mask, bias, softcap=self.attention.softcap))
+            y = attention(q, k, v, mask, bias, softcap=self.attention.softcap, heads_first=True)
+            x = x + self.attention.output(y)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x))
 
     def time(
         self, x: Float[Array, "B T N D"], angles: Array, mask: Mask, past: tuple[Array, Array, Array, Mask] | None
     ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
-        """`past`: keys and values [B, N, W, G, K] of the ring, its angles and mask. Returns also the new keys and
-        values [B, N, T, G, K]."""
+        """`past`: keys and values [B, N, G, W, K] of the ring, its angles and mask. Returns also the new keys and
+        values [B, N, G, T, K]."""
         with jax.named_scope("time_attention"):
-            q, k, v = self.attention.project(self.norm1(x))
-            q, k = layers.rotate(q, angles[:, :, None]), layers.rotate(k, angles[:, :, None])
             # From frames to tokens: every device has tokens of its own at all times.
-            q, k, v = (constrain(jnp.swapaxes(y, 1, 2), "batch", "sharded", None, "heads", None) for y in (q, k, v))
+            y = constrain(jnp.swapaxes(self.norm1(x), 1, 2), "batch", "sharded", None, None)
+            q, k, v = self.attention.project(y, angles[:, None])
+            q, k, v = (constrain(z, "batch", "sharded", "heads", None, None) for z in (q, k, v))
             bias = self._local_in_time(angles, angles)
-            if past is None:
-                y = attention(q, k, v, mask, bias, softcap=self.attention.softcap)
-            else:
-                ks, vs, masks = (past[0], k), (past[1], v), (past[3], mask)
+            sources: Any = (k, v, mask, bias)
+            if past is not None:
                 biases = self._local_in_time(angles, past[2]), bias
-                y = attention(q, ks, vs, masks, biases, softcap=self.attention.softcap)
-            x = constrain(x + self.attention.output(jnp.swapaxes(y, 1, 2)), "batch", "sharded", None, None)
+                sources = (past[0], k), (past[1], v), (past[3], mask), biases
+            y = attention(q, *sources, softcap=self.attention.softcap, heads_first=True)
+            y = self.attention.output(constrain(y, "batch", "sharded", "heads", None, None))
+            # Said of both sides of the way back: left to itself, XLA's partitioner loses a part of the gradient of o.
+            y = constrain(y, "batch", "sharded", None, None)
+            x = x + constrain(jnp.swapaxes(y, 1, 2), "batch", "sharded", None, None)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x)), (k, v)
 
@@ -135,10 +141,10 @@ def _centres(cfg: TransformerConfig) -> tuple[Array, Array]:
     """
     sides = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])[np.arange(cfg.heads) % 4] * cfg.local_shift
     before = jnp.full((cfg.heads,), -cfg.local_shift)
-    unit = jnp.ones((cfg.heads, 1, cfg.head_dim))
+    unit = jnp.ones((cfg.heads, cfg.head_dim))
     around = layers.rotate(unit, layers.space_angles(sides, cfg.head_dim, cfg.rope_base_space), axes=2)
     past = layers.rotate(unit, layers.time_angles(before, cfg.head_dim, cfg.rope_base_time))
-    return around[:, 0], past[:, 0]
+    return around, past
 
 
 class Period(nnx.Module):
@@ -181,7 +187,7 @@ class Transformer(nnx.Module):
           segments: episode numbers of the frames; time attention stays inside a segment. Frames of one segment are
             adjacent. With a cache, its history belongs to the segment of the first frame.
           cache: history of the time layers; the T frames are the ones that follow it. It is read, not written.
-          keep: return the time layers' keys and values [layers, B, N, T, G, K] (always with a cache).
+          keep: return the time layers' keys and values [layers, B, N, G, T, K] (always with a cache).
 
         Returns:
           The normed output and the new keys and values for `cache.write`, or None.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dreamer4_jax.config import ConfigError
@@ -72,8 +73,17 @@ def make_mesh(spec: MeshSpec | None = None, devices: Sequence[jax.Device] | None
     if math.prod(sizes) != len(devices):
         wanted = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(f"mesh {wanted}: is for {math.prod(sizes)} devices, but there are {len(devices)}")
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
     if devices[0].platform == "cpu":
         grid = np.array(devices).reshape(sizes)  # no network to consider
+    elif slices > 1:
+        if sizes[0] % slices:
+            raise ConfigError(
+                f"mesh replica={sizes[0]}: there are {slices} slices, and only replica crosses them: make it a multiple"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
-        grid = jax.make_mesh(tuple(sizes), AXES, devices=devices).devices
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -10,6 +10,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ from dreamer4_jax.config import ConfigError, UserError
 from dreamer4_jax.parallel.sharding import BATCH
 
 COORDINATOR, PROCESS, PROCESSES = "DREAMER4_COORDINATOR", "DREAMER4_PROCESS_ID", "DREAMER4_PROCESSES"
-JOIN_S = 300  # machines of a pod are set up at different speeds
+JOIN_S = 300
+POD_S = 1800  # the machines of a pod are set up at different speeds, and slower still after a pre-emption
 
 
 def start(timeout_s: int = JOIN_S) -> None:
@@ -34,13 +37,17 @@ def start(timeout_s: int = JOIN_S) -> None:
 
     Raises:
         ConfigError: the environment describes no place among processes.
-        UserError: not every process came within `timeout_s` seconds.
+        UserError: not every process came within `timeout_s` seconds (`POD_S` on a TPU pod).
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has started already and keeps the devices it has
             jax.config.update("jax_num_cpu_devices", cores)
+    if "JAX_PLATFORMS" not in os.environ and _cpu_alone():
+        jax.config.update("jax_platforms", "cpu")
     if COORDINATOR not in os.environ:
+        if _tpu_here() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
+            _join_pod(POD_S)
         return
     try:
         process, processes = int(os.environ[PROCESS]), int(os.environ[PROCESSES])
@@ -49,11 +56,43 @@ def start(timeout_s: int = JOIN_S) -> None:
     address = os.environ[COORDINATOR]
     _muster(address, process, processes, timeout_s)
     jax.distributed.initialize(address, processes, process, initialization_timeout=timeout_s)
+    _introduce()
+
+
+def _introduce() -> None:
     print(
-        f"process {process} of {processes}: {jax.local_device_count()} of {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} devices",
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+        f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
         file=sys.stderr,
     )
+
+
+def _join_pod(timeout_s: int) -> None:
+    """The hosts of a TPU slice know each other; a single one need not.
+
+    JAX ends the process when the others do not come in time, naming the tasks that are missing.
+    """
+    if "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ",") and "MEGASCALE_NUM_SLICES" not in os.environ:
+        return  # a cluster that says so: one host
+    print(f"joining the other hosts of the TPU, for at most {timeout_s} s", file=sys.stderr, flush=True)
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout_s)
+    except ValueError as error:  # nothing around tells of other hosts
+        print(f"no other hosts are known ({error}): this one is alone", file=sys.stderr)
+        return
+    _introduce()
+
+
+def _cpu_alone() -> bool:
+    """Whether the TPU compiler is installed but no TPU is here: JAX would ask the cloud for one, and complain."""
+    gpus = any(find_spec(f"jax_{gpu}_plugin") for gpu in ("cuda12", "cuda13", "rocm7"))
+    return find_spec("libtpu") is not None and not gpus and not _tpu_here()
+
+
+def _tpu_here() -> bool:
+    """Whether this machine has a TPU and the library for it."""
+    devices = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return find_spec("libtpu") is not None and bool(devices)
 
 
 def _muster(address: str, process: int, processes: int, timeout_s: int) -> None:

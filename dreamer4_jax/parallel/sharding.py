@@ -81,11 +81,31 @@ def batch_shardings(batch: Any, mesh: Mesh, parts: int = 1) -> Any:
     return jax.tree.map(rows, batch)
 
 
+# Keys and values of the ring caches, [layers, B, N, G, W, K]: tokens over ctx, as in the time layers that read them.
+CACHE = (None, "batch", "sharded", "heads", None, None)
+
+
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """Shardings of a ring cache of streams, or of a tree of them."""
+
+    def one(x: Any) -> NamedSharding:
+        names = CACHE if x.ndim == len(CACHE) else ("batch", *(None for _ in x.shape[1:]))
+        return NamedSharding(mesh, _spec(x.shape, names, ACTIVATIONS, mesh))
+
+    return jax.tree.map(one, cache)
+
+
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
     """Raises `ConfigError` if a batch of `rows` cannot be divided among the devices of `mesh`."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if rows % parts:
         raise ConfigError(f"{name} = {rows}: cannot be divided among {parts} devices (mesh axes {' x '.join(BATCH)})")
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": the devices of the mesh that is set, else this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: Array, *names: str | None) -> Array:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -197,7 +198,11 @@ class _Run:
             shardings = self.rules.shardings(abstract, self.mesh)
             self.train_step = make_train_step(self.phase, self.optimizer, shardings)
             if at is None:
-                return processes.spread(init_state(self.phase, self.optimizer, batch, self.init_key), shardings)
+                # Born where it stays: no device ever holds the whole of a state that is split.
+                base = self.phase.start_from
+                base = processes.spread(base, self.rules.shardings(base, self.mesh))
+                make = jax.jit(partial(init_state, self.phase, self.optimizer, batch), out_shardings=shardings)
+                return make(processes.spread(self.init_key, NamedSharding(self.mesh, PartitionSpec())), base)
             placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
             return self.checkpoints.restore(placed, step=at, config=self.config)[0]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dreamer4_jax.agent.heads import agent_losses
+from dreamer4_jax.agent.heads import PolicyHead, agent_losses
 from dreamer4_jax.agent.imagination import imagination_losses, imagine
 from dreamer4_jax.agent.model import ActorCritic, Agent
 from dreamer4_jax.config import Config, PhaseConfig
@@ -64,13 +64,14 @@ class TokenizerPhase:
     dataset: Dataset
     name: str = "tokenizer"
     frozen: Any = None
+    start_from: Any = None
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> PhaseConfig:
         return self.full.train.tokenizer
 
-    def init(self, key: Array) -> Tokenizer:
+    def init(self, key: Array, base: Any = None) -> Tokenizer:
         return jax.jit(lambda k: Tokenizer(self.full.tokenizer, k))(key)  # op by op it takes many times as long
 
     def loss(self, model: Tokenizer, ema: Any, frozen: Any, batch: dict[str, Any], key: Array) -> tuple[Terms, Terms]:
@@ -94,13 +95,14 @@ class DynamicsPhase:
     dataset: Dataset
     name: str = "dynamics"
     frozen: Any = None
+    start_from: Any = None
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> PhaseConfig:
         return self.full.train.dynamics
 
-    def init(self, key: Array) -> Dynamics:
+    def init(self, key: Array, base: Any = None) -> Dynamics:
         return jax.jit(lambda k: Dynamics(self.full, k))(key)
 
     def loss(self, model: Dynamics, ema: Dynamics, frozen: Any, batch: dict[str, Any], key: Array):
@@ -141,8 +143,12 @@ class AgentPhase:
         # With too small a weight the heads' losses spoil it: watch what is measured "after phase 2".
         return {"dynamics": self.full.agent.dynamics_weight}
 
-    def init(self, key: Array) -> Agent:
-        return jax.jit(lambda dynamics, k: Agent(self.full, dynamics, k))(self.dynamics, key)
+    @property
+    def start_from(self) -> Dynamics:
+        return self.dynamics
+
+    def init(self, key: Array, base: Dynamics | None = None) -> Agent:
+        return jax.jit(lambda dynamics, k: Agent(self.full, dynamics, k))(base or self.dynamics, key)
 
     def loss(self, model: Agent, ema: Agent, frozen: Any, batch: dict[str, Any], key: Array):
         teacher = ema.dynamics if self.full.dynamics.teacher == "ema" else model.dynamics
@@ -197,8 +203,12 @@ class ImaginationPhase:
     def config(self) -> PhaseConfig:
         return self.full.train.imagination
 
-    def init(self, key: Array) -> ActorCritic:
-        return jax.jit(lambda policy, k: ActorCritic(self.full, policy, k))(self.agent.policy, key)
+    @property
+    def start_from(self) -> PolicyHead:
+        return self.agent.policy
+
+    def init(self, key: Array, base: PolicyHead | None = None) -> ActorCritic:
+        return jax.jit(lambda policy, k: ActorCritic(self.full, policy, k))(base or self.agent.policy, key)
 
     def loss(self, model: ActorCritic, ema: Any, frozen: Any, batch: dict[str, Any], key: Array):
         cfg = self.full.agent

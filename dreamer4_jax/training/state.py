@@ -35,8 +35,13 @@ class Phase(Protocol):
     def weights(self) -> Mapping[str, float]:
         """Factors of the normalised loss terms; 1 for those that are not named."""
 
-    def init(self, key: Array) -> Any:
-        """The trainable model: a pytree whose leaves are all float32 parameters."""
+    def init(self, key: Array, base: Any = None) -> Any:
+        """The trainable model: a pytree whose leaves are all float32 parameters. `base` is what `start_from` returned,
+        wherever it has been put since."""
+
+    @property
+    def start_from(self) -> Any:
+        """Arrays of an earlier phase that the model starts from (a pytree, or None)."""
 
     def loss(self, model: Any, ema: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Metrics, Metrics]:
         """({name of a loss term: weighted scalar}, metrics). The terms are the same for every batch."""
@@ -60,7 +65,9 @@ class TrainState:
     norms: dict[str, Any]  # the loss normaliser's
 
 
-def init_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Batch, key: Array) -> TrainState:
+def init_state(
+    phase: Phase, optimizer: optax.GradientTransformation, batch: Batch, key: Array, base: Any = None
+) -> TrainState:
     """The state before the first update. `batch` tells the names of the loss terms; its values are not read.
 
     The model is copied: its buffers are donated to the first step, and `phase.init` may hand over arrays that
@@ -71,7 +78,7 @@ def init_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Bat
         # An explicit dtype also drops weak types, which would compile the second step anew.
         return jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype, copy=True), tree)
 
-    model = copy(phase.init(key))
+    model = copy(phase.init(key, phase.start_from if base is None else base))
     terms, _ = jax.eval_shape(phase.loss, model, model, phase.frozen, batch, key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

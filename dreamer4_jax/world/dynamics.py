@@ -1,7 +1,8 @@
 """Interactive dynamics transformer: tokens of a frame, action encoder, flow head, agent tokens (paper 3.2).
 
 A frame's block is [action, (tau, d), spatial tokens, registers, agent tokens]. World tokens see each other; agent
-tokens see everything and are seen by nothing, so a model called without a task simply leaves them out.
+tokens see everything and are seen by nothing. Without a task they are there all the same, and read by nobody: a frame
+has a multiple of eight tokens, which a TPU's tiles want, and one cache fits every pass.
 """
 
 from collections.abc import Mapping
@@ -139,19 +140,17 @@ class Dynamics(nnx.Module):
         self.transformer = Transformer(keys[8], d.transformer)
         self.flow = layers.Linear(keys[9], (width, cfg.tokenizer.token_channels), ("embed", "channel"))
 
-    def tokens(self, agent: bool) -> int:
-        """Tokens of a frame, with or without the agent's."""
-        return 2 + self.cfg.tokenizer.tokens + self.registers.shape[0] + (self.agent.shape[0] if agent else 0)
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return 2 + self.cfg.tokenizer.tokens + self.registers.shape[0] + self.agent.shape[0]
 
-    def _layout(self, agent: bool) -> tuple[np.ndarray, Mask]:
+    def _layout(self) -> tuple[np.ndarray, Mask]:
         """Coordinates [N, 2] and mask of a frame's tokens; tokens without a place stand in the middle."""
         places = token_coordinates(self.cfg.tokenizer)
         middle = places.mean(0, keepdims=True)
-        total = self.tokens(agent)
-        after = np.repeat(middle, total - 2 - len(places), axis=0)
-        types = [WORLD] * total
-        if agent:
-            types[total - self.agent.shape[0] :] = [AGENT] * self.agent.shape[0]
+        after = np.repeat(middle, self.tokens - 2 - len(places), axis=0)
+        types = [WORLD] * (self.tokens - self.agent.shape[0]) + [AGENT] * self.agent.shape[0]
         return np.concatenate([middle, middle, places, after]), Mask(types=tuple(types), rules=RULES)
 
     def _signal_token(self, tau: Float[Array, "B T"], d: Float[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -166,9 +165,9 @@ class Dynamics(nnx.Module):
             axis=-1,
         )
 
-    def init_cache(self, batch: int, *, agent: bool = False) -> ring.Cache:
-        """History of `batch` fresh streams; `agent` keeps room for agent tokens."""
-        return ring.empty(self.cfg.dynamics.transformer, batch, self.tokens(agent))
+    def init_cache(self, batch: int) -> ring.Cache:
+        """History of `batch` fresh streams."""
+        return ring.empty(self.cfg.dynamics.transformer, batch, self.tokens)
 
     def __call__(
         self,
@@ -180,16 +179,17 @@ class Dynamics(nnx.Module):
         task: Int[Array, "B T words"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         cache: ring.Cache | None = None,
+        finished: int | None = None,
     ) -> DynamicsOutput:
         """One pass over T frames.
 
         Args:
           z: tokens at signal level `tau`, a multiple of 1/k_max below 1; `d` is a power of two down to 1/k_max.
           actions: the action that led to each frame.
-          task: word ids; adds the agent tokens.
+          task: word ids, added to the agent tokens, whose read-out is returned.
           segments: episode numbers; frames see only their own episode.
-          cache: history in front of the frames. A pass without a task may read a cache that has agent tokens (they
-            stand last and nothing sees them); such a pass returns no cache.
+          finished: how many of the frames, from the first, are written to the cache (all by default).
+          cache: history in front of the frames.
         """
         batch, frames = z.shape[:2]
         wide = (batch, frames)
@@ -205,25 +205,24 @@ class Dynamics(nnx.Module):
             spatial,
             jnp.broadcast_to(self.registers[...], (*wide, *self.registers.shape)),
         ]
-        if task is not None:
-            parts.append(self.agent[...] + self.task(task)[:, :, None])
-        coordinates, mask = self._layout(task is not None)
-        count = len(coordinates)
-        read = cache
-        if cache is not None and cache.k.shape[2] != count:
-            read = ring.Cache(cache.k[:, :, :count], cache.v[:, :, :count], cache.pos, cache.next)
+        agent = self.agent[...] if task is None else self.agent[...] + self.task(task)[:, :, None]
+        parts.append(jnp.broadcast_to(agent, (*wide, *self.agent.shape)))
+        coordinates, mask = self._layout()
         y, kv = self.transformer(
             jnp.concatenate(parts, axis=2),
             coordinates=coordinates,
             space_mask=mask,
-            placed=np.isin(np.arange(count), 2 + np.arange(self.cfg.tokenizer.tokens)),
+            placed=np.isin(np.arange(self.tokens), 2 + np.arange(self.cfg.tokenizer.tokens)),
             segments=segments,
-            cache=read,
+            cache=cache,
         )
         y = y.astype(jnp.float32)
         n = self.cfg.tokenizer.tokens
         z1 = self.flow(y[:, :, 2 : 2 + n])
         h = None if task is None else y[:, :, -self.agent.shape[0] :].reshape(*wide, -1)
         # Under jit a cache that nobody reads costs nothing: denoising passes drop it.
-        after = None if cache is None or kv is None or read is not cache else ring.write(cache, *kv, segments=segments)
+        after = None
+        if cache is not None and kv is not None:
+            k, v = (x[..., :finished, :] for x in kv)
+            after = ring.write(cache, k, v, segments=None if segments is None else segments[:, :finished])
         return DynamicsOutput(z1, h, after)

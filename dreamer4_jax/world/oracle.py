@@ -82,7 +82,7 @@ class TransitionOracle:
         segments: Int[Array, "B T"] | None = None,
     ) -> OracleState:
         """State after the given context frames (clean tokens)."""
-        cache = self.dynamics.init_cache(context.shape[0], agent=True)
+        cache = self.dynamics.init_cache(context.shape[0])
         wide = jnp.broadcast_to(task[:, None], (*context.shape[:2], task.shape[-1]))
         cache, h = observe(self.dynamics, cache, context, actions, key, task=wide, segments=segments)
         assert h is not None

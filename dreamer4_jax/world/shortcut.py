@@ -5,10 +5,12 @@ Everything here is float32: signal levels, targets, losses.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dreamer4_jax.config import DynamicsConfig
 from dreamer4_jax.nn.cache import Cache
+from dreamer4_jax.parallel.sharding import constrain
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 
 
@@ -58,31 +60,49 @@ def bootstrap_target(f, z: Array, tau: Float[Array, "B T"], d: Float[Array, "B T
     return jax.lax.stop_gradient(z + (1.0 - t) * (b1 + b2) / 2)
 
 
-def noisy_frames(key: Array, z1: Float[Array, "B T N C"], cfg: DynamicsConfig, bootstrap_rows: int):
-    """Draws (tau, d), noise and z~ of a batch. Returns (z~, tau, d, flow bool [B, T]).
+def sample_levels(key: Array, shape: tuple[int, ...], cfg: DynamicsConfig, bootstrap: np.ndarray):
+    """(tau, d) of a batch, float32 [B, T].
 
-    mix = "rows": the first `bootstrap_rows` rows take d above 1/k_max, the rest 1/k_max. mix = "frames": Eq 4 for every
-    frame. Plain diffusion forcing has no bootstrap frames.
+    mix = "rows": rows that `bootstrap` (bool [B]) marks take d above 1/k_max, the rest 1/k_max. mix = "frames": Eq 4
+    for every frame. Plain diffusion forcing has no bootstrap frames.
     """
     finest = cfg.k_max.bit_length() - 1
-    of_noise, a, b = jax.random.split(key, 3)
-    shape = z1.shape[:2]
+    of_flow, of_bootstrap = jax.random.split(key)
     if cfg.objective == "shortcut" and cfg.mix == "frames":
-        tau, d = sample_tau_d(a, shape, cfg.k_max)
-    else:
-        tau, d = sample_tau_d(a, shape, cfg.k_max, coarsest=finest)
-        if bootstrap_rows:
-            tau_b, d_b = sample_tau_d(b, (bootstrap_rows, shape[1]), cfg.k_max, finest=finest - 1)
-            tau, d = tau.at[:bootstrap_rows].set(tau_b), d.at[:bootstrap_rows].set(d_b)
-    noise = jax.random.normal(of_noise, z1.shape, jnp.float32)
-    return add_noise(z1, noise, tau), tau, d, d == 1.0 / cfg.k_max
+        return sample_tau_d(of_flow, shape, cfg.k_max)
+    fine = sample_tau_d(of_flow, shape, cfg.k_max, coarsest=finest)
+    if not bootstrap.any():
+        return fine
+    # Drawn for all rows and chosen from: to write rows into a sharded array would move it between devices.
+    coarse = sample_tau_d(of_bootstrap, shape, cfg.k_max, finest=finest - 1)
+    return jax.tree.map(lambda x, y: jnp.where(bootstrap[:, None], x, y), coarse, fine)
 
 
-def bootstrap_rows(cfg: DynamicsConfig, rows: int) -> int:
-    """How many of the first rows are on the bootstrap branch; at least one, and at least one is left for flow."""
+def bootstrap_rows(cfg: DynamicsConfig, rows: int) -> range:
+    """Which of the first `rows` rows are on the bootstrap branch, spread evenly, so that devices which hold rows have
+    equal shares of it; at least one, and at least one is left for flow."""
     if cfg.objective == "diffusion":
-        return 0
-    return rows if cfg.mix == "frames" else max(1, min(rows - 1, round(cfg.bootstrap_fraction * rows)))
+        return range(0)
+    if cfg.mix == "frames":
+        return range(rows)
+    count = max(1, min(rows - 1, round(cfg.bootstrap_fraction * rows)))
+    stride = rows // count
+    return range(0, count * stride, stride)
+
+
+def _rows_of(x: Array, rows: range) -> Array:
+    """The rows `rows` of x [B, ...], over the devices as a batch is."""
+    if x.shape[0] % rows.step == 0:
+        picked = x.reshape(-1, rows.step, *x.shape[1:])[:, 0][: len(rows)]  # stays where it is if B is sharded
+    else:
+        picked = x[rows.start : rows.stop : rows.step]
+    return constrain(picked, "batch", *(None for _ in x.shape[1:]))
+
+
+def _spread_rows(x: Array, rows: range, total: int) -> Array:
+    """x [rows, ...] at the places `rows` of `total` rows; what stands between them is not to be read."""
+    wide = jnp.broadcast_to(x[:, None], (len(rows), rows.step, *x.shape[1:])).reshape(-1, *x.shape[1:])
+    return jnp.pad(wide, ((0, total - len(wide)), *((0, 0) for _ in x.shape[1:])))
 
 
 def shortcut_forward(
@@ -98,19 +118,22 @@ def shortcut_forward(
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "B T D"] | None]:
     """`shortcut_loss` that also returns the agent read-out h of the noisy frames (None without a task).
 
-    Only the first `rows` rows carry the loss (all by default); the bootstrap branch takes the first of them. Frames of
-    the other rows are noised to the context level alone: it is the level at which h is read when the agent acts.
+    Only the first `rows` rows carry the loss (all by default). Frames of the other rows are noised to the context level
+    alone: it is the level at which h is read when the agent acts.
     """
     cfg = model.cfg.dynamics
     z1 = z1.astype(jnp.float32)
     rows = z1.shape[0] if rows is None else rows
     boot = bootstrap_rows(cfg, rows)
-    z, tau, d, flow = noisy_frames(key, z1, cfg, boot)
+    index = np.arange(z1.shape[0])
+    bootstrap = np.isin(index, boot)
+    of_levels, of_noise = jax.random.split(key)
+    tau, d = sample_levels(of_levels, z1.shape[:2], cfg, bootstrap)
     if rows < z1.shape[0]:
-        level = jnp.full((z1.shape[0] - rows, z1.shape[1]), model.context_level, jnp.float32)
-        noise = jax.random.normal(jax.random.fold_in(key, rows), z1[rows:].shape, jnp.float32)
-        z, tau = z.at[rows:].set(add_noise(z1[rows:], noise, level)), tau.at[rows:].set(level)
-        d = d.at[rows:].set(1.0 / cfg.k_max)
+        tau = jnp.where(index[:, None] < rows, tau, model.context_level)
+        d = jnp.where(index[:, None] < rows, d, 1.0 / cfg.k_max)
+    flow = d == 1.0 / cfg.k_max
+    z = add_noise(z1, jax.random.normal(of_noise, z1.shape, jnp.float32), tau)
     with jax.named_scope("student"):
         out = model(z, tau, d, actions, task=task, segments=segments)
     target = z1
@@ -118,7 +141,7 @@ def shortcut_forward(
     teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
     if boot:
         z_b, tau_b, d_b, actions_b, segments_b, flow_b = jax.tree.map(
-            lambda x: x[:boot], (z, tau, d, actions, segments, flow)
+            lambda x: _rows_of(x, boot), (z, tau, d, actions, segments, flow)
         )
 
         def f(half_z, half_tau, half_d):
@@ -133,7 +156,8 @@ def shortcut_forward(
 
         with jax.named_scope("teacher"):
             goal = bootstrap_target(f, z_b, tau_b, d_b)
-        target = target.at[:boot].set(jnp.where(flow_b[..., None, None], z1[:boot], goal))
+        apart = bootstrap[:, None] & ~flow
+        target = jnp.where(apart[..., None, None], _spread_rows(goal, boot, z1.shape[0]), z1)
     error = jnp.mean((out.z1 - jax.lax.stop_gradient(target)) ** 2, axis=(-2, -1))[:rows]
     tau, flow = tau[:rows], flow[:rows]
     weight = {"both": ramp(tau), "flow": jnp.where(flow, ramp(tau), 1.0), "none": jnp.ones_like(tau)}[cfg.ramp]
@@ -170,6 +194,13 @@ def shortcut_loss(
 # Samplers
 
 
+def settle(dynamics: Dynamics, z1: Float[Array, "B T N C"], key: Array) -> tuple[Array, Array, Array]:
+    """Finished frames as later ones see them: noised to the context level, with that level as label. (z, tau, d)."""
+    tau = jnp.full(z1.shape[:2], dynamics.context_level, jnp.float32)
+    d = jnp.full(z1.shape[:2], 1.0 / dynamics.k_max, jnp.float32)
+    return add_noise(z1.astype(jnp.float32), jax.random.normal(key, z1.shape, jnp.float32), tau), tau, d
+
+
 def observe(
     dynamics: Dynamics,
     cache: Cache,
@@ -180,12 +211,9 @@ def observe(
     task: Int[Array, "B T words"] | None = None,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Cache, Float[Array, "B T D"] | None]:
-    """Writes finished frames: noised to the context level, labelled with that level. Returns the cache and h."""
-    tau = jnp.full(z1.shape[:2], dynamics.context_level, jnp.float32)
-    d = jnp.full(z1.shape[:2], 1.0 / dynamics.k_max, jnp.float32)
-    z = add_noise(z1.astype(jnp.float32), jax.random.normal(key, z1.shape, jnp.float32), tau)
+    """Writes finished frames, noised to the context level. Returns the cache and h."""
     with jax.named_scope("observe"):
-        out = dynamics(z, tau, d, actions, task=task, segments=segments, cache=cache)
+        out = dynamics(*settle(dynamics, z1, key), actions, task=task, segments=segments, cache=cache)
     assert out.cache is not None
     return out.cache, out.h
 
@@ -201,17 +229,64 @@ def denoise(
     """Samples the next frame from pure noise in `steps` equal steps. `steps` is a power of two up to k_max and may be
     traced: one program serves every K. Agent tokens take no part: nothing that is predicted here depends on them.
     """
-    batch = cache.pos.shape[0]
-    shape = (batch, 1, dynamics.cfg.tokenizer.tokens, dynamics.cfg.tokenizer.token_channels)
     size = 1.0 / jnp.asarray(steps, jnp.float32)
+    with jax.named_scope("denoise"):
+        return _steps(dynamics, cache, actions, _noise(dynamics, cache, key), size, 0, steps)
+
+
+def _noise(dynamics: Dynamics, cache: Cache, key: Array) -> Float[Array, "B 1 N C"]:
+    t = dynamics.cfg.tokenizer
+    return jax.random.normal(key, (cache.pos.shape[0], 1, t.tokens, t.token_channels), jnp.float32)
+
+
+def _steps(dynamics: Dynamics, cache: Cache, actions: Actions, z: Array, size: Array, first: int, steps) -> Array:
+    """Euler steps `first` to `steps` - 1 of the frame that follows what `cache` holds."""
+    one = z.shape[:2]
 
     def body(i, z):
         tau = jnp.asarray(i, jnp.float32) * size
-        out = dynamics(z, jnp.full((batch, 1), tau), jnp.full((batch, 1), size), actions, cache=cache)
+        out = dynamics(z, jnp.full(one, tau), jnp.full(one, size), actions, cache=cache)
         return euler_step(z, out.z1, tau, size)
 
+    return jax.lax.fori_loop(jnp.int32(first), jnp.asarray(steps, jnp.int32), body, z)
+
+
+def next_frame(
+    dynamics: Dynamics,
+    cache: Cache,
+    last: Float[Array, "B 1 N C"],
+    last_actions: Actions,
+    actions: Actions,
+    keys: tuple[Array, Array],
+    *,
+    steps: Int[Array, ""] | int,
+) -> tuple[Cache, Float[Array, "B 1 N C"]]:
+    """Writes the last finished frame and samples the one after it, in `steps` passes: the pass that writes is also the
+    first denoising step. Equal to `observe` followed by `denoise`, which take one pass more.
+
+    Args:
+      cache: history in front of the last frame.
+      last: the last frame, clean, with the actions that led to it.
+      actions: that lead to the new frame.
+      keys: of the last frame's noise and of the new frame's.
+    """
+    size = 1.0 / jnp.asarray(steps, jnp.float32)
+    noise = _noise(dynamics, cache, keys[1])
+    z, tau, d = (
+        jnp.concatenate([x, y], axis=1)
+        for x, y in zip(
+            settle(dynamics, last, keys[0]),
+            (noise, jnp.zeros(noise.shape[:2]), jnp.full(noise.shape[:2], size)),
+            strict=True,
+        )
+    )
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), last_actions, actions)
+    with jax.named_scope("observe"):
+        out = dynamics(z, tau, d, both, cache=cache, finished=1)
+    assert out.cache is not None
     with jax.named_scope("denoise"):
-        return jax.lax.fori_loop(0, jnp.asarray(steps, jnp.int32), body, jax.random.normal(key, shape, jnp.float32))
+        z = euler_step(noise, out.z1[:, 1:], jnp.float32(0.0), size)
+        return out.cache, _steps(dynamics, out.cache, actions, z, size, 1, steps)
 
 
 def generate(
@@ -223,7 +298,7 @@ def generate(
     steps: Int[Array, ""] | int,
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N C"]:
-    """Continues `context` by the frames whose actions are given (paper 3.2, inference).
+    """Continues `context` by the frames whose actions are given (paper 3.2, inference); K passes a frame.
 
     Args:
       context: clean tokens of the first frames, T_context of them.
@@ -235,19 +310,25 @@ def generate(
       Tokens of the T_future generated frames.
     """
     frames = context.shape[1]
-    before = jax.tree.map(lambda x: x[:, :frames], actions)
-    after = jax.tree.map(lambda x: jnp.swapaxes(x[:, frames:], 0, 1)[:, :, None], actions)
-    of_context, of_future = jax.random.split(key)
+    cut = lambda start, stop: jax.tree.map(lambda x: x[:, start:stop], actions)
+    future = jax.tree.leaves(actions)[0].shape[1] - frames
+    of_context, of_last, of_future = jax.random.split(key, 3)
     cache = dynamics.init_cache(context.shape[0])
-    cache, _ = observe(dynamics, cache, context, before, of_context, segments=segments)
+    if frames > 1:
+        before = None if segments is None else segments[:, :-1]
+        cache, _ = observe(dynamics, cache, context[:, :-1], cut(0, frames - 1), of_context, segments=before)
+        if segments is not None:  # the last frame may begin an episode
+            same = segments[:, -2:-1] == segments[:, -1:]
+            cache = Cache(cache.k, cache.v, jnp.where(same, cache.pos, -1), cache.next)
 
-    def frame(cache, scanned):
+    def frame(carry, scanned):
+        cache, last, last_action, write = carry
         action, k = scanned
-        noise, write = jax.random.split(k)
-        z = denoise(dynamics, cache, action, noise, steps=steps)
-        cache, _ = observe(dynamics, cache, z, action, write)
-        return cache, z[:, 0]
+        noise, write_next = jax.random.split(k)
+        cache, z = next_frame(dynamics, cache, last, last_action, action, (write, noise), steps=steps)
+        return (cache, z, action, write_next), z[:, 0]
 
-    future = jax.tree.leaves(after)[0].shape[0]
-    _, out = jax.lax.scan(frame, cache, (after, jax.random.split(of_future, future)))
+    start = (cache, context[:, -1:].astype(jnp.float32), cut(frames - 1, frames), of_last)
+    after = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[:, :, None], cut(frames, None))
+    _, out = jax.lax.scan(frame, start, (after, jax.random.split(of_future, future)))
     return jnp.swapaxes(out, 0, 1)

@@ -87,7 +87,9 @@ class ChainPhase:
     def frozen(self):
         return {"prior": self.prior}
 
-    def init(self, key):
+    start_from = None
+
+    def init(self, key, base=None):
         return {"policy": self.prior, "value": jax.jit(lambda k: ValueHead(STATES, self.agent, k))(key)}
 
     def loss(self, model, ema, frozen, batch, key):

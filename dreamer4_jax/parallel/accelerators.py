@@ -11,6 +11,36 @@ from dreamer4_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
+class Chip:
+    """Speeds and sizes of one JAX device (a chip; of tpu7x half of one), from Google's public specifications.
+
+    Attributes:
+      tflops: peak of bfloat16 products, in 10^12 operations a second.
+      hbm_gib: memory that the compiler lets a program use; less than what is sold.
+      hbm_gbps: its bandwidth in 10^9 bytes a second.
+      ici_gbps: to both neighbours along one axis of the torus together, 10^9 bytes a second each way.
+      dcn_gbps: share of the host's data-centre network.
+      ghz: clock; the compiler counts cycles of it. ``tflops / (operations a cycle)``.
+    """
+
+    tflops: float
+    hbm_gib: float
+    hbm_gbps: float
+    ici_gbps: float
+    dcn_gbps: float
+    ghz: float
+
+
+CHIPS = {
+    "v4": Chip(275, 30.75, 1228, 90, 6.25, 1.05),
+    "v5e": Chip(197, 15.75, 819, 90, 3.1, 1.5),
+    "v5p": Chip(459, 95.74, 2765, 180, 6.25, 1.75),
+    "v6e": Chip(918, 31.25, 1638, 180, 12.5, 1.75),
+    "tpu7x": Chip(1153.5, 94.75, 3690, 100, 6.25, 2.2),
+}
+
+
+@dataclass(frozen=True)
 class Accelerator:
     """One slice of one TPU type.
 
@@ -51,6 +81,11 @@ class Accelerator:
     def aot(self) -> str:
         """The topology's name for ahead-of-time compilation, ``"v5e:4x4"``."""
         return f"{self.compiler}:{self.topology}"
+
+    @property
+    def chip(self) -> Chip:
+        """What one JAX device can do."""
+        return CHIPS[self.compiler]
 
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

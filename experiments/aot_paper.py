@@ -1,0 +1,118 @@
+"""The paper's model compiled for TPU pods that are not here: does it fit, and what would a step cost?
+
+    python -m experiments.aot_paper              # an hour on 2 cores; rows that are there already are kept
+    python -m experiments.aot_paper --list       # only names them
+
+Writes experiments/results/aot/paper.json and the table docs/aot.md. How the times are estimated stands in
+`dreamer4_jax.parallel.aot`; they come from the compiler, and nothing was run on a TPU.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dreamer4_jax.aot_cli import details, markdown
+from dreamer4_jax.config import Config, override, preset
+from dreamer4_jax.parallel.aot import AotReport, aot_compile, prepare
+from dreamer4_jax.parallel.mesh import MeshSpec
+from dreamer4_jax.training.metrics import write_atomic
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compilation. `rows`: sequences of a batch; 0: the config's."""
+
+    program: str
+    accelerator: str
+    mesh: str
+    rows: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.program, self.accelerator, self.mesh, str(self.rows), *self.overrides))
+
+    def resolved(self) -> Config:
+        return override(preset("paper"), dict(item.split("=", 1) for item in self.overrides))
+
+
+# A sequence for each device; where ctx is 4, four devices share four sequences, each with a quarter of the frames, so
+# that all have a share of the bootstrap rows. v6e-64 and v5e-256: a sequence for each group of four.
+ROWS = (
+    Row("generate", "v6e-1", "data=1", 1),
+    Row("generate", "v6e-1", "data=1", 1, ("dynamics.transformer.scan=false",)),
+    Row("generate", "v5p-8", "data=4", 1),
+    Row("dynamics", "v5p-128", "data=16,ctx=4", 64),
+    Row("dynamics", "v6e-64", "data=16,ctx=4", 16),
+    Row("dynamics", "v5e-256", "data=64,ctx=4", 64),
+    Row("tokenizer", "v5p-128", "data=64", 64),
+    Row("imagination", "v5p-128", "data=64", 64),
+    Row("agent", "v5p-128", "data=16,ctx=4", 64),
+)
+
+
+def load(path: Path) -> dict[str, list[AotReport]]:
+    """The reports that an earlier call has kept, by the name of their row."""
+    if not path.exists():
+        return {}
+    names = {f.name for f in fields(AotReport)}
+    kept = json.loads(path.read_text())["rows"]
+    return {name: [AotReport(**{k: v for k, v in r.items() if k in names}) for r in rs] for name, rs in kept.items()}
+
+
+def page(reports: list[AotReport]) -> str:
+    """The table and where each program's memory and time go, as Markdown."""
+    return (
+        "# The paper's model on TPU pods, compiled ahead of time\n\n"
+        "Made by `python -m experiments.aot_paper` with the TPU compiler, on a machine without a TPU: sizes are what\n"
+        "it allocates, times are estimates from its own cycle counts (`dreamer4_jax/parallel/aot.py` says how), and\n"
+        "nothing here was timed. `paper` is the 400M tokenizer and the 1.6B dynamics at 384 x 640 (360 x 640 padded),\n"
+        "with 256 + 32 tokens a frame and a window of 192 frames.\n\n"
+        + markdown(reports)
+        + '\nHBM is what a device holds at the fullest moment, of what it has. "bound" is the roofline\'s time: model\n'
+        "FLOPs at peak rate, or every argument read once a pass. MFU counts no recomputation.\n\n## Details\n\n```\n"
+        + "\n".join(map(details, reports))
+        + "\n```\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name the rows and compile nothing")
+    parser.add_argument("--only", help="rows whose name holds this text")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results/aot/paper.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/aot.md"))
+    parser.add_argument("--keep-text", metavar="DIR", help="keep the compiled programs' text")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(row.name for row in ROWS))
+        return
+    prepare()
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    for row in ROWS:
+        if row.name in load(args.results) or (args.only and args.only not in row.name):
+            continue
+        print(row.name, flush=True)
+        found = aot_compile(
+            row.resolved(),
+            row.accelerator,
+            mesh=MeshSpec.parse(row.mesh),
+            programs=(row.program,),
+            rows=row.rows or None,
+            keep_text=args.keep_text,
+        )
+        kept = load(args.results) | {row.name: found}
+        ordered = [r.name for r in ROWS if r.name in kept]
+        tree = {
+            "command": "python -m experiments.aot_paper",
+            "rows": {n: [r.to_dict() for r in kept[n]] for n in ordered},
+        }
+        write_atomic(args.results, json.dumps(tree, indent=1) + "\n")
+        args.page.write_text(page([r for n in ordered for r in kept[n]]))
+        print("\n".join(map(details, found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
