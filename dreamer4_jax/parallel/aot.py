@@ -272,7 +272,6 @@ def _compile(program, target: Accelerator, slices: int, mesh, flops: int, varian
         (at, wire_seconds(at, target.chip, dimensions if at.size == mesh.size // slices > 1 else 1))
         for at in found.collectives.values()
     ]
-    passes = 1 + (program.trips or 0)
     chip = target.chip
     return AotReport(
         fits=True,
@@ -283,7 +282,7 @@ def _compile(program, target: Accelerator, slices: int, mesh, flops: int, varian
         exposed_s=sum(s for at, s in wires if not at.hidden),
         hidden_s=sum(s for at, s in wires if at.hidden),
         roofline_s=max(
-            flops / mesh.size / (chip.tflops * 1e12), passes * sum(by_kind.values()) / (chip.hbm_gbps * 1e9)
+            flops / mesh.size / (chip.tflops * 1e12), program.passes * sum(by_kind.values()) / (chip.hbm_gbps * 1e9)
         ),
         collectives=[dataclasses.asdict(at) | {"seconds": s} for at, s in sorted(wires, key=lambda w: -w[1])],
         scopes={k: v / found.cycles for k, v in sorted(found.scopes.items(), key=lambda kv: -kv[1])},

@@ -37,7 +37,8 @@ class Program:
         {kind: tree}.
       frames: of video that one call trains on or makes.
       rows: sequences of one call.
-      trips: of loops whose length is an argument (the sampler's steps after its first); None where there are none.
+      trips: of loops whose length the program takes as a value (the sampler's steps); None where there are none.
+      passes: how often one call reads all of its arguments, at least.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Program:
     frames: int
     rows: int
     trips: int | None = None
+    passes: int = 1
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of the arguments that one device holds, by kind."""
@@ -161,6 +163,7 @@ def training_step(
         kinds=(_state_kinds, "frozen models", "batch", "batch"),
         frames=rows * frames,
         rows=rows,
+        trips=config.agent.sample_steps if phase == "imagination" else None,
     )
 
 
@@ -208,6 +211,7 @@ def generated_frame(config: Config, *, rows: int = 1, steps: int = 4, mesh: Mesh
         frames=rows,
         rows=rows,
         trips=steps - 1,
+        passes=steps,
     )
 
 
