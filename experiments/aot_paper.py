@@ -103,6 +103,7 @@ def main() -> None:
             mesh=MeshSpec.parse(row.mesh),
             programs=(row.program,),
             rows=row.rows or None,
+            variant=" ".join(row.overrides),
             keep_text=args.keep_text,
         )
         kept = load(args.results) | {row.name: found}
