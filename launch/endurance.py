@@ -107,7 +107,8 @@ def main() -> int:
     whole, began = args.out / "undisturbed", time.monotonic()
     subprocess.run([*command(args, whole.name)], check=True)
     seconds = time.monotonic() - began
-    expected, rng, trials = parameters(whole), random.Random(args.seed), []
+    expected, rng = parameters(whole), random.Random(args.seed)
+    trials: list[dict[str, Any]] = []
     while len(trials) < args.trials:
         i = len(trials)
         name, began = f"trial-{i}", time.monotonic()
