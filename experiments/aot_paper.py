@@ -70,8 +70,9 @@ def page(reports: list[AotReport]) -> str:
         "nothing here was timed. `paper` is the 400M tokenizer and the 1.6B dynamics at 384 x 640 (360 x 640 padded),\n"
         "with 256 + 32 tokens a frame and a window of 192 frames.\n\n"
         + markdown(reports)
-        + "\nHBM is what a device holds at the fullest moment, of what it has. The bound is the roofline's time:\n"
-        "model FLOPs at peak rate, or every argument read once a pass. MFU counts no recomputation.\n\n"
+        + "\nHBM is what is in use on a device at the fullest moment, of what it has; what is set aside for\n"
+        "activations (below) can be more. The bound is the roofline's time: model FLOPs at peak rate, or every\n"
+        "argument read once a pass. MFU counts no recomputation.\n\n"
         "Give each group of devices that shares sequences (the mesh without ctx) a multiple of four: otherwise the\n"
         "bootstrap rows, a quarter of all, cannot be divided, and every device computes them all. v5e-256 as data 64\n"
         "x ctx 4, one sequence a group, was estimated at 6.6 s (T = 64), three quarters of it in the teacher and in\n"

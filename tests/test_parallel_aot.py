@@ -94,8 +94,9 @@ def test_what_does_not_fit_is_found_without_a_tpu(tmp_path):
 
 
 def test_needed_bytes_are_read_from_the_compilers_message():
-    assert _needed("RESOURCE_EXHAUSTED: ... temporaries (512.00G) exceeds available HBM (15.75G).") == 0
-    assert _needed("the total memory required for HLO temporaries (512.00G) exceeds (15.75G)") == 512 * 2**30
+    text = "the total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G)."
+    assert _needed(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {text}") == 512 * 2**30
+    assert _needed("RESOURCE_EXHAUSTED: something else") == 0
     assert _needed("Ran out of memory in memory space hbm. Used 20.5M of 16M hbm.") == int(20.5 * 2**20)
 
 

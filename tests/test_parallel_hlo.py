@@ -34,6 +34,24 @@ def test_collectives_are_counted_once_each_with_their_bytes():
     assert len(by) == len(found) == 4
 
 
+def test_the_dearest_branch_counts():
+    text = """\
+%small (x: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} fusion(%x), calls=%f, backend_config={"window_config":{"estimated_cycles":"10"}}
+}
+
+%large (x: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} fusion(%x), calls=%f, backend_config={"window_config":{"estimated_cycles":"70"}}
+}
+
+ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} conditional(%i, %x, %x), BRANCHES
+}
+"""
+    for branches in ("branch_computations={%small, %large}", "true_computation=%large, false_computation=%small"):
+        assert costs(Module.parse(text.replace("BRANCHES", branches))).cycles == 70
+
+
 def test_text_of_something_else_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Module.parse("module @jit_step {}")

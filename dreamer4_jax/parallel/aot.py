@@ -79,7 +79,8 @@ class AotReport:
       fits: whether the program fits into the device's memory; if not, `error` is what the compiler said.
       hbm: bytes by kind: parameters, optimiser, EMA, frozen models, cache, batch, activations (all that is computed
         and held for a while), program.
-      peak: bytes at the fullest moment, as the compiler counts.
+      peak: bytes in use at the fullest moment, as the compiler counts; what it sets aside, the sum of `hbm`, can be
+        more.
       limit: bytes that it may use.
       model_flops: of all devices together.
       compute_s, exposed_s, hidden_s: kernels; communication that waits, and that which runs beside other work.
@@ -293,7 +294,7 @@ def _compile(program, target: Accelerator, slices: int, mesh, flops: int, varian
 def _needed(text: str) -> int:
     """Bytes that the compiler says a program would need, 0 if it does not."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT])|required[^()]*\(([\d.]+)([KMGT])\)", text)
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT])|\(([\d.]+)([KMGT])\) exceeds", text)
     if not found:
         return 0
     number, unit = (found.group(1) or found.group(3)), (found.group(2) or found.group(4))

@@ -15,7 +15,6 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)\}?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _BITS = re.compile(r"\d+")
 
@@ -196,8 +195,13 @@ def _walk(module: Module, name: str, times: float, out: Costs, trips, slice_of, 
                 raise ValueError(f"loop {at.name} has no constant number of trips: pass trips")
             _walk(module, body, times * count, out, trips, slice_of, scope_of)
         elif at.opcode == "conditional":
-            for branch in at.called("branch_computations")[:1]:
-                _walk(module, branch, times, out, trips, slice_of, scope_of)
+            # One of them is taken: the dearest counts.
+            each = [at.called(role) for role in ("branch_computations", "true_computation", "false_computation")]
+            alone = {name: Costs() for names in each for name in names}
+            for branch, its_own in alone.items():
+                _walk(module, branch, 1.0, its_own, trips, slice_of, scope_of)
+            dearest = max(alone, key=lambda name: alone[name].cycles)
+            _walk(module, dearest, times, out, trips, slice_of, scope_of)
         elif at.opcode == "call":
             _walk(module, at.called("to_apply")[0], times, out, trips, slice_of, scope_of)
         else:

@@ -5,7 +5,7 @@ on a mesh. Nothing is computed or allocated.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -74,38 +74,31 @@ def _state_kinds(state: TrainState) -> dict[str, Any]:
     return {"parameters": state.model, "optimiser": state.opt_state, "EMA": state.ema}
 
 
-@dataclass
-class _Shapes:
-    """Abstract inputs of a config's phases: what the data pipeline would deliver."""
+def abstract_batch(config: Config, phase: str, rows: int, frames: int) -> dict[str, Any]:
+    """Shapes of a batch of a phase: what the data pipeline would deliver."""
+    t, wide = config.tokenizer, (rows, frames)
 
-    config: Config
-    batch: dict[str, Any] = field(init=False, default_factory=dict)
+    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    def __call__(self, phase: str, rows: int, frames: int) -> dict[str, Any]:
-        c, wide = self.config, (rows, frames)
-        t = c.tokenizer
-
-        def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype)
-
-        if phase == "tokenizer":
-            return {"frames": of((*wide, t.height, t.width, 3), jnp.uint8), "is_first": of(wide, jnp.bool_)}
-        actions = abstract_actions(c, rows, frames)
-        batch = {
-            "latents": of((*wide, t.tokens, t.token_channels), jnp.float32),
-            "actions": actions.values,
-            "present": actions.present,
-            "is_first": of(wide, jnp.bool_),
+    if phase == "tokenizer":
+        return {"frames": of((*wide, t.height, t.width, 3), jnp.uint8), "is_first": of(wide, jnp.bool_)}
+    actions = abstract_actions(config, rows, frames)
+    batch: dict[str, Any] = {
+        "latents": of((*wide, t.tokens, t.token_channels), jnp.float32),
+        "actions": actions.values,
+        "present": actions.present,
+        "is_first": of(wide, jnp.bool_),
+    }
+    if phase != "dynamics":
+        batch |= {"is_last": of(wide, jnp.bool_), "task": of((*wide, config.agent.task_words), jnp.int32)}
+    if phase == "agent":
+        batch |= {
+            "is_terminal": of(wide, jnp.bool_),
+            "reward": of(wide, jnp.float32),
+            "relevant": of((rows,), jnp.bool_),
         }
-        if phase != "dynamics":
-            batch |= {"is_last": of(wide, jnp.bool_), "task": of((*wide, c.agent.task_words), jnp.int32)}
-        if phase == "agent":
-            batch |= {
-                "is_terminal": of(wide, jnp.bool_),
-                "reward": of(wide, jnp.float32),
-                "relevant": of((rows,), jnp.bool_),
-            }
-        return batch
+    return batch
 
 
 def abstract_actions(config: Config, rows: int, frames: int) -> Actions:
@@ -142,7 +135,7 @@ def training_step(
 ) -> Program:
     """The update of one phase for batches of `rows` x `frames`, sharded as `training.run_phase` shards it."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = _Shapes(config)(phase, rows, frames)
+    batch = abstract_batch(config, phase, rows, frames)
     # Some of what the step closes over is abstract here: only names and configs of the phase are read.
     made = _phase_of_shapes(config, phase)
     optimizer = make_optimizer(made.config)
