@@ -183,6 +183,21 @@ def test_a_place_that_is_no_number_is_refused(monkeypatch):
         processes.start()
 
 
+@pytest.mark.parametrize(
+    "packages, tpu, alone",
+    [
+        ({"libtpu"}, False, True),  # the compiler alone
+        ({"libtpu"}, True, False),
+        ({"libtpu", "jax_cuda13_plugin"}, False, False),
+        (set(), False, False),
+    ],
+)
+def test_a_machine_with_the_tpu_compiler_but_no_tpu_computes_on_its_cpu(monkeypatch, packages, tpu, alone):
+    monkeypatch.setattr(processes, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(processes, "_tpu_here", lambda: tpu)
+    assert processes._cpu_alone() == alone
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """A machine with a TPU, as far as `start` can see; what it tells `jax.distributed.initialize`."""
