@@ -143,6 +143,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             colour = "#1f77b4" if name.startswith("phase 3") else "#888888" if i < 3 else "#d08000"
             axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", ms=4, capsize=2, color=colour)
     axes.set_xticks(range(len(SHOWN)), [n.replace(" (", "\n(").replace(", ", ",\n") for n in SHOWN])
+    axes.set_xlim(-0.5, len(SHOWN) - 0.5)  # room for the last name
     axes.set_ylabel("success in the real environment (%)")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
