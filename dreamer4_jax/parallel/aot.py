@@ -144,16 +144,19 @@ def wire_seconds(at: Collective, chip: Chip, axes: int = 1) -> float:
 
     With V the whole array, both directions at once: an all-gather or reduce-scatter moves ``V (n-1)/n``, an all-reduce
     twice that, an all-to-all a quarter (an element travels n/4 links of the ring, and only to one device); a
-    permutation sends a device's own array over one link. Across slices every host has its share of the network.
+    permutation sends a device's own array over one link. Between slices each device sends its part over its share of
+    the host's network.
     """
+    if at.slices:
+        return at.bytes / (chip.dcn_gbps * 1e9)
     n = max(at.size, 1)
-    link = chip.dcn_gbps if at.slices else chip.ici_gbps * (1 if at.kind == "collective-permute" else axes)
+    link = chip.ici_gbps * (1 if at.kind == "collective-permute" else axes)
     factor = {
         "all-gather": (n - 1) / n,
         "reduce-scatter": (n - 1) / n,
         "all-reduce": 2 * (n - 1) / n,
-        "all-to-all": (n - 1) / n / (1 if at.slices else 4),
-        "collective-permute": 1.0 if at.slices else 2.0,
+        "all-to-all": (n - 1) / n / 4,
+        "collective-permute": 2.0,
     }[at.kind]
     return at.bytes * factor / (link * 1e9)
 
@@ -265,7 +268,6 @@ def _compile(program, target: Accelerator, slices: int, mesh, flops: int, varian
     found = costs(
         Module.parse(text),
         trips=program.trips,
-        slice_of=lambda i: getattr(mesh.devices.flat[i], "slice_index", 0),
         scope_of=scope_of,
     )
     dimensions = sum(n > 1 for n in map(int, target.topology.split("x")))

@@ -135,10 +135,12 @@ class Collective:
     Attributes:
       kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute".
       size: devices in a group.
-      slices: whether a group crosses slices, over the data-centre network.
+      slices: whether it goes between slices, over the data-centre network. The compiler takes such a collective apart:
+        what is left to cross stands in its text as a transfer of each device's part, and `size` counts slices.
       hidden: whether other work goes on meanwhile.
       count: in one call of the program, loops multiplied.
-      bytes: of the whole array in a group: gathered, reduced or exchanged; a permutation's own array.
+      bytes: of the whole array in a group: gathered, reduced or exchanged; a device's own array for a permutation and
+        for what crosses slices.
     """
 
     kind: str
@@ -168,22 +170,20 @@ def costs(
     module: Module,
     *,
     trips: int | None = None,
-    slice_of: Callable[[int], int] = lambda position: 0,
     scope_of: Callable[[str], str] = lambda op_name: "",
 ) -> Costs:
     """Walks the program.
 
     Args:
       trips: of loops whose length is not in the text (the K steps of the sampler).
-      slice_of: the slice of the device at a position in the mesh.
       scope_of: a label for the op_name of a kernel.
     """
     out = Costs()
-    _walk(module, module.entry, 1.0, out, trips, slice_of, scope_of)
+    _walk(module, module.entry, 1.0, out, trips, scope_of)
     return out
 
 
-def _walk(module: Module, name: str, times: float, out: Costs, trips, slice_of, scope_of) -> None:
+def _walk(module: Module, name: str, times: float, out: Costs, trips, scope_of) -> None:
     seen: set[str] = set()  # an asynchronous collective stands in the text where it starts, goes on and ends
     computation = module.computations[name]
     for at in computation:
@@ -193,25 +193,27 @@ def _walk(module: Module, name: str, times: float, out: Costs, trips, slice_of, 
             count = trips if count is None else count
             if count is None:
                 raise ValueError(f"loop {at.name} has no constant number of trips: pass trips")
-            _walk(module, body, times * count, out, trips, slice_of, scope_of)
+            _walk(module, body, times * count, out, trips, scope_of)
         elif at.opcode == "conditional":
             # One of them is taken: the dearest counts.
             each = [at.called(role) for role in ("branch_computations", "true_computation", "false_computation")]
             alone = {name: Costs() for names in each for name in names}
             for branch, its_own in alone.items():
-                _walk(module, branch, 1.0, its_own, trips, slice_of, scope_of)
+                _walk(module, branch, 1.0, its_own, trips, scope_of)
             dearest = max(alone, key=lambda name: alone[name].cycles)
-            _walk(module, dearest, times, out, trips, slice_of, scope_of)
+            _walk(module, dearest, times, out, trips, scope_of)
         elif at.opcode == "call":
-            _walk(module, at.called("to_apply")[0], times, out, trips, slice_of, scope_of)
+            _walk(module, at.called("to_apply")[0], times, out, trips, scope_of)
         else:
             out.cycles += times * at.cycles
             if at.cycles:
                 found = re.search(r'op_name="([^"]*)"', at.attributes)
                 label = scope_of(found.group(1) if found else "")
                 out.scopes[label] = out.scopes.get(label, 0.0) + times * at.cycles
+            if at.opcode == "send":
+                _cross(out, at, times)
             for inner, hidden in _collectives(module, at):
-                _add(out, inner, hidden, times, seen, slice_of)
+                _add(out, inner, hidden, times, seen)
 
 
 def _collectives(module: Module, at: Instruction) -> Iterator[tuple[Instruction, bool]]:
@@ -228,7 +230,7 @@ def _collectives(module: Module, at: Instruction) -> Iterator[tuple[Instruction,
                     yield line, "async_collective" in callee or not alone or at.opcode == "async-start"
 
 
-def _add(out: Costs, at: Instruction, hidden: bool, times: float, seen: set[str], slice_of) -> None:
+def _add(out: Costs, at: Instruction, hidden: bool, times: float, seen: set[str]) -> None:
     found = re.search(r"channel_id=(\d+)", at.attributes)
     channel = found.group(1) if found else at.name
     if channel in seen:
@@ -236,7 +238,6 @@ def _add(out: Costs, at: Instruction, hidden: bool, times: float, seen: set[str]
     seen.add(channel)
     kind, parts = at.opcode.removesuffix("-start"), groups(at.attributes)
     size = max((len(part) for part in parts), default=1)
-    crossing = any(len({slice_of(i) for i in part}) > 1 for part in parts)
     shapes = at.shape
     whole = array_bytes(shapes)
     if at.opcode.endswith("-start"):  # (operand, result, ...)
@@ -244,10 +245,24 @@ def _add(out: Costs, at: Instruction, hidden: bool, times: float, seen: set[str]
         whole = arrays[1] if len(arrays) > 1 else arrays[0]
     if kind in ("reduce-scatter", "all-to-all"):  # a device's result is its part
         whole *= size
-    key = (kind, size, crossing, hidden)
+    _count(out, (kind, size, False, hidden), times, whole)
+
+
+def _cross(out: Costs, at: Instruction, times: float) -> None:
+    """A transfer to other slices, named after the collective that it is a part of."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', at.attributes)
+    if "megascale" not in at.attributes or found is None:
+        return
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', at.attributes)
+    size = len(slices.group(1).split(",")) if slices else 2
+    dtype, dims = _ARRAY.findall(at.shape)[0]
+    _count(out, (found.group(1), size, True, False), times, array_bytes(f"{dtype}[{dims}]"))
+
+
+def _count(out: Costs, key: tuple[str, int, bool, bool], times: float, size: int) -> None:
     entry = out.collectives.setdefault(key, Collective(*key))
     entry.count += times
-    entry.bytes += times * whole
+    entry.bytes += times * size
 
 
 def _trips(module: Module, loop: Instruction, condition: str, around: list[Instruction]) -> int | None:
