@@ -157,6 +157,30 @@ def note_what_is_started(monkeypatch):
     monkeypatch.setattr(local.subprocess, "Popen", Noted)
 
 
+WHOLE = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dreamer4_jax.parallel import make_mesh, processes, start
+start()
+mesh = make_mesh()
+loaded = {"w": jax.device_put(np.arange(4.0), jax.local_devices()[-1])}  # as a finished phase is read again
+spread = processes.spread(loaded, {"w": NamedSharding(mesh, PartitionSpec("data"))})
+for tree in (loaded, spread):
+    whole = processes.whole(tree, mesh)["w"]
+    assert whole.devices() == {jax.local_devices()[0]} and np.array_equal(whole, np.arange(4.0))
+"""
+
+
+def test_a_model_is_whole_again_wherever_it_was():
+    """Also that of a phase which an earlier run has finished: it lies on one device, whatever the mesh."""
+    end(begin([sys.executable, "-c", WHOLE], 1, devices=2))
+
+
+@several
+def test_a_model_is_whole_again_in_every_process():
+    end(begin([sys.executable, "-c", WHOLE], 2))
+
+
 @several
 def test_a_missing_process_ends_in_a_message(tmp_path):
     code = """

@@ -198,10 +198,17 @@ def spread(tree: Any, shardings: Any) -> Any:
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of `tree`, wherever their parts are, as a whole on this process's first device."""
+    """The arrays of `tree`, wherever their parts are, as a whole on this process's first device.
+
+    Every process must call it with its parts, or every one with the whole on a device of its own, as a finished phase
+    is loaded.
+    """
+    here = jax.local_devices()[0]
+    if all(x.is_fully_addressable and len(x.devices()) == 1 for x in jax.tree.leaves(tree)):
+        return jax.device_put(tree, here)
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
     copied = jax.jit(lambda t: t, out_shardings=everywhere)(tree)
-    return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), jax.local_devices()[0]), copied)
+    return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), here), copied)
 
 
 class Agreement:
