@@ -83,11 +83,11 @@ SMOKE: dict[str, Any] = {
     "data.chunks_per_shard": 8,
     "train.tokenizer.steps": 60,
     "train.dynamics.steps": 40,
-    "train.dynamics.batch": 4,
+    "train.dynamics.batch": 8,  # every batch of this size can be divided among 8 devices
     "train.agent.steps": 20,
     "train.agent.batch": 8,
     "train.imagination.steps": 5,
-    "train.imagination.batch": 4,
+    "train.imagination.batch": 8,
     "dynamics.k_max": 4,
     "evaluate.episodes": 16,
     "evaluate.envs": 16,
