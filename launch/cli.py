@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cloud.add_argument("--spot", action="store_true", help="machines that may be taken away, for less money")
     cloud.add_argument("--project", default="", help="as gcloud is configured, if left out; so is the zone")
     cloud.add_argument("--zone", default="", help="e.g. us-central1-a")
+    cloud.add_argument(
+        "--service-account",
+        default="",
+        metavar="NAME",
+        help="with rights on the bucket (tpu: address; jobset: in Kubernetes)",
+    )
     cloud.add_argument("--cluster", default="", help="GKE cluster (xpk)")
     cloud.add_argument("--image", default="", help="container image with dreamer4_jax installed (jobset, xpk)")
     cloud.add_argument("--archive", default="", help="the code: a checkout or gs://.../code.tar.gz (tpu, skypilot)")
@@ -139,6 +145,7 @@ def make_spec(args: argparse.Namespace) -> RunSpec:
         retries=args.retries,
         project=args.project,
         zone=args.zone,
+        service_account=args.service_account,
         cluster=args.cluster,
         image=args.image,
         archive=args.archive,
@@ -172,6 +179,8 @@ def check(spec: RunSpec, backend: str, action: str = "run") -> None:
             f"--output {spec.output}: hosts share no disk and are taken away; --backend {backend} needs a bucket,"
             " e.g. gs://my-bucket/runs"
         )
+    if spec.service_account and backend in ("xpk", "skypilot"):
+        raise ConfigError(f"--service-account: {backend} has its own; use --backend tpu or jobset, or leave it out")
     if backend in ("jobset", "xpk") and not spec.image:
         raise ConfigError(f"--backend {backend} needs --image, a container image with dreamer4_jax installed")
     if backend in ("tpu", "skypilot") and not spec.archive:

@@ -60,6 +60,7 @@ def create(spec: RunSpec) -> Argv:
         f"--runtime-version={tpu.runtime}",
         *(["--spot"] if spec.spot else []),
         *([f"--labels={labels}"] if labels else []),
+        *([f"--service-account={spec.service_account}"] if spec.service_account else []),
     )
 
 
@@ -135,6 +136,7 @@ def jobset(spec: RunSpec) -> dict[str, Any]:
     # Kubernetes replaces $(NAME) in commands, but takes $$ for a plain $.
     command = [word.replace("$", "$$") for word in spec.command()]
     pod = {
+        **({"serviceAccountName": spec.service_account} if spec.service_account else {}),
         "restartPolicy": "Never",  # one pod alone can't rejoin the others: the JobSet restarts all of them
         "terminationGracePeriodSeconds": GRACE_S,
         "hostNetwork": True,  # slices talk over it at full speed

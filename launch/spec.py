@@ -36,6 +36,8 @@ class RunSpec:
       spot: pre-emptible machines; recreated and resumed when they are taken away.
       retries: how often a run is started again after it was interrupted.
       project, zone: of the cloud; empty: as gcloud is configured.
+      service_account: whose rights the machines have, on the bucket above all: an address (tpu), or the name of a
+        Kubernetes service account that is bound to one (jobset); empty: the project's, or the namespace's.
       cluster: the GKE cluster's name, which xpk asks for; kubectl has its own current context.
       image: container image with the package installed (JobSet, xpk); empty where machines are set up from `archive`.
       archive: the code: a path of a local checkout, or ``gs://.../code.tar.gz``.
@@ -56,6 +58,7 @@ class RunSpec:
     retries: int = 10
     project: str = ""
     zone: str = ""
+    service_account: str = ""
     cluster: str = ""
     image: str = ""
     archive: str = ""

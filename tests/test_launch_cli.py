@@ -54,6 +54,7 @@ def without(argv: list[str], option: str) -> list[str]:
         (["quickstart", *TPU, "--slices", "2", "--mesh", "data=16"], "multiply to 16, but there are 32 devices"),
         (["quickstart", *without(JOBSET, "--image")], "--backend jobset needs --image"),
         (["quickstart", *without(JOBSET, "--output")], "needs a bucket"),
+        (["quickstart", *XPK, "--service-account", "me"], "--service-account: xpk has its own"),
         (["quickstart", *without(XPK, "--image")], "--backend xpk needs --image"),
         (["quickstart", *without(XPK, "--cluster")], "--backend xpk needs --cluster"),
         (["quickstart", *without(XPK, "--cluster"), "--action", "status"], "--backend xpk needs --cluster"),

@@ -141,6 +141,7 @@ JOB = {
     "template": {
         "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
         "spec": {
+            "serviceAccountName?": str,
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": int,
             "hostNetwork": bool,
@@ -225,6 +226,14 @@ def test_jobset_conforms(name, spot):
     assert it.output.startswith(f"gs://{bucket}/")
     assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == spot
     assert len(f"{it.name}-{job['name']}-{job['replicas']}-{tpu.hosts}") <= 63  # a pod's name is a DNS label
+
+
+def test_the_machines_act_for_the_service_account():
+    """Its rights on the bucket are what mounting and writing it need."""
+    (job,) = render.jobset(spec(service_account="writer"))["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["spec"]["serviceAccountName"] == "writer"
+    assert "--service-account=writer@my-project.iam" in render.create(spec(service_account="writer@my-project.iam"))
+    assert not any("--service-account" in word for word in render.create(spec()))
 
 
 def test_jobset_restarts_what_is_retryable_and_nothing_else():
