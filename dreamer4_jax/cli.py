@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+from dreamer4_jax.config import Config, ConfigError, UserError, override, parse_overrides, preset
 from dreamer4_jax.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -88,21 +88,9 @@ def _open(config: Config, args: argparse.Namespace) -> "Run":
 
 
 def _reopen(directory: str) -> "Run":
-    """An existing run, with the config it was made with."""
-    import json
-
-    from dreamer4_jax.parallel.bucket import on_disk
     from dreamer4_jax.runner import Run
 
-    directory = str(on_disk(directory))
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        raise UserError(f"{directory}: is no run directory (it has no config.json)")
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from error
-    return Run(from_dict(Config, tree), directory, resume=True)
+    return Run.reopen(directory)
 
 
 def _cmd_run(args: argparse.Namespace) -> None:
@@ -157,7 +145,12 @@ def _cmd_generate(args: argparse.Namespace) -> None:
 
 
 def _cmd_report(args: argparse.Namespace) -> None:
-    """write report.html and results.json of a run, finished or not"""
+    """write report.html and results.json of a run, finished or not; of `experiments`: the page of all their results"""
+    if args.run == "experiments":
+        from dreamer4_jax.evaluation.study_page import write_page
+
+        print(write_page())
+        return
     run = _reopen(args.run)
     run.report()
     print(run.dir / "report.html")
@@ -227,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--clips", type=int, default=4, help="held-out clips (4)")
     sub.add_argument("--out", help="file to write (<run>/media/...)")
     sub = add("report", _cmd_report)
-    sub.add_argument("run", help="run directory")
+    sub.add_argument("run", help="run directory, or `experiments`")
     sub = add("bench", _cmd_bench)
     sub.add_argument("--out", help="also write the figures to this JSON file")
     sub = add("aot", _cmd_aot)

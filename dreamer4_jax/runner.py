@@ -21,7 +21,7 @@ from rich.table import Table
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
-from dreamer4_jax.config import Config, UserError, override
+from dreamer4_jax.config import Config, UserError, from_dict, override
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
@@ -34,6 +34,7 @@ from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruct
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh, processes
+from dreamer4_jax.parallel.bucket import on_disk
 from dreamer4_jax.parallel.sharding import check_rows
 from dreamer4_jax.training.checkpoint import CheckpointError, load_model
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
@@ -89,6 +90,19 @@ class Run:
         with processes.main_first("recording"):
             self.raw_dir = self._recording(data_dir)
         self.console = Console(stderr=True)
+
+    @classmethod
+    def reopen(cls, directory: str | Path) -> "Run":
+        """An existing run, with the config it was made with."""
+        directory = on_disk(str(directory))
+        path = directory / "config.json"
+        if not path.exists():
+            raise UserError(f"{directory}: is no run directory (it has no config.json)")
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error})") from error
+        return cls(from_dict(Config, tree), directory, resume=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data

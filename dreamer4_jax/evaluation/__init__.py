@@ -22,6 +22,7 @@ from dreamer4_jax.evaluation.metrics import (
     ssim,
     symbol_accuracy,
     symbol_counts,
+    wilson_ci,
 )
 from dreamer4_jax.evaluation.worldmodel import ClipScores, evaluate_clips, score_clips, step_table
 
@@ -48,4 +49,5 @@ __all__ = [
     "symbol_accuracy",
     "symbol_counts",
     "train_blind",
+    "wilson_ci",
 ]

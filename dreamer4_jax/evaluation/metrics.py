@@ -5,6 +5,7 @@ without width: read it together with the number of episodes.
 """
 
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -214,6 +215,22 @@ def bootstrap_ratio_ci(
     top, bottom = np.concatenate(tops), np.concatenate(bottoms)
     held = bottom > 0
     return Interval(float(a.sum() / b.sum()), *_percentiles(top[held] / bottom[held], level))
+
+
+def wilson_ci(successes: int, trials: int, level: float = 0.95) -> Interval:
+    """A proportion with its Wilson score interval, which has width also at 0 and at 1.
+
+    ``(p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4 n^2)) / (1 + z^2 / n)`` with p = successes / trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise UserError(
+            f"wilson_ci: {successes} successes of {trials} trials: want 0 <= successes <= trials, trials >= 1"
+        )
+    p, z2 = successes / trials, NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle = p + z2 / (2 * trials)
+    half = float(np.sqrt(z2 * (p * (1 - p) / trials + z2 / (4 * trials**2))))
+    scale = 1 + z2 / trials
+    return Interval(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,14 +39,21 @@ _STYLE: Any = {
 }
 
 
-def _figure(title: str, width: float = 4.2, height: float = 2.8) -> tuple[Figure, Axes]:
+def panels(titles: Sequence[str], width: float = 4.2, height: float = 2.8) -> tuple[Figure, list[Axes]]:
+    """A figure with titled axes side by side; `width` and `height` in inches are those of one of them."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width * len(titles), height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.set_title(title, color=INK)
-        axes.grid(axis="y", color=INK, alpha=0.14, linewidth=0.7)
-        axes.set_axisbelow(True)
+        row = [figure.add_subplot(1, len(titles), i + 1) for i in range(len(titles))]
+        for axes, title in zip(row, titles, strict=True):
+            axes.set_title(title, color=INK)
+            axes.grid(axis="y", color=INK, alpha=0.14, linewidth=0.7)
+            axes.set_axisbelow(True)
+    return figure, row
+
+
+def _figure(title: str, width: float = 4.2, height: float = 2.8) -> tuple[Figure, Axes]:
+    figure, (axes,) = panels([title], width, height)
     return figure, axes
 
 
@@ -103,7 +110,7 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
     return out
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     """Writes (name, y, colour) at the right edge, in the colour of its line and without overlaps."""
     to_axes = axes.transData + axes.transAxes.inverted()
     x = axes.get_xlim()[0]
@@ -174,7 +181,7 @@ def loss_figure(phase: str, records: Sequence[Mapping[str, Any]]) -> Figure | No
         ends.append((name.removeprefix("loss/"), float(smooth[-1]), colour))
     axes.set_xlabel("step")
     axes.margins(x=0.01)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 
@@ -213,7 +220,7 @@ def steps_figure(
         axes.errorbar(steps, mean, yerr=np.maximum([mean - low, high - mean], 0), color=colour, capsize=2.5, marker="o")
         ends.append((model["name"], float(mean[-1]), colour))
     _power_axis(axes, [r["steps"] for m in models for r in m["rows"]])
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 
@@ -237,7 +244,7 @@ def latency_figure(models: Sequence[Mapping[str, Any]]) -> Figure | None:
         ends.append((model["name"], float(cost[-1]), colour))
     axes.margins(y=0.15)
     _power_axis(axes, [r["steps"] for _, rows in timed for r in rows])
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 
@@ -271,7 +278,7 @@ def horizon_figure(conditions: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.set_xticks(sorted({h for _, points in lines for h, _ in points}))
     axes.set_xlabel("imagined frame")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 105)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 

@@ -337,7 +337,7 @@ def _config(data: Mapping[str, Any]) -> str | None:
     if data.get("machine"):
         parts.append(_table(("Machine", ""), [(_text(k), _number(v)) for k, v in data["machine"].items()]))
     if data.get("config"):
-        text = _text(json.dumps(_plain(data["config"]), indent=2))
+        text = _text(json.dumps(plain(data["config"]), indent=2))
         parts.append(f"<details><summary>Show the whole configuration</summary><pre>{text}</pre></details>")
     return "".join(parts) or None
 
@@ -358,18 +358,18 @@ def _metrics(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON types: NumPy unpacked, NaN and infinities None, results as their summaries."""
     if isinstance(value, EvalResult):
-        return _plain(value.summary())
+        return plain(value.summary())
     if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
@@ -384,7 +384,7 @@ def results_json(data: Mapping[str, Any]) -> dict[str, Any]:
         out["reconstruction"] = {k: v for k, v in data["reconstruction"].items() if k not in ("real", "reconstructed")}
     if data.get("world_model"):
         out["world_model"] = {k: v for k, v in data["world_model"].items() if k != "clips"}
-    return _plain(out)
+    return plain(out)
 
 
 def _write(path: Path, text: str) -> None:

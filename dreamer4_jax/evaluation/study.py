@@ -1,0 +1,223 @@
+"""The frame of an experiment: its options, its results as JSON with intervals, its figure.
+
+An experiment is a module of experiments/ that names its question, computes rows and draws one figure::
+
+    STUDY = Study("coin", question="Is the coin fair?", claim="heads in half of the throws", seeds=(0, 1, 2))
+
+    def main(argv=None):
+        call = STUDY.call(__doc__, argv)
+        throws = SIZES[call.size]
+        rows = [{"seed": s, "heads": wilson_ci(heads(s, throws), throws)} for s in call.track(call.seeds)]
+        call.write(rows, finding=f"...", figure=draw(rows))
+
+    if __name__ == "__main__":
+        entry(main)
+
+Results of the laptop size are committed: ``experiments/results/<name>/<name>.json`` and ``.png`` beside it, from which
+`dreamer4 report experiments` makes one page (`study_page`).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from dreamer4_jax.config import Config, UserError
+from dreamer4_jax.evaluation import plots
+from dreamer4_jax.evaluation.report import plain
+from dreamer4_jax.training.metrics import write_atomic
+
+if TYPE_CHECKING:
+    from dreamer4_jax.runner import Run
+
+SIZES = ("smoke", "laptop", "tpu")
+RESULTS = Path("experiments/results")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "minigrid")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an experiment asks.
+
+    Attributes:
+      name: of its module and of its results.
+      question: one sentence, the headline on the page.
+      claim: what the paper, or theory, leads one to expect.
+      seeds: by default.
+      packages: further packages whose versions matter.
+    """
+
+    name: str
+    question: str
+    claim: str
+    seeds: tuple[int, ...] = (0,)
+    packages: tuple[str, ...] = ()
+
+    def call(
+        self,
+        doc: str | None,
+        argv: Sequence[str] | None = None,
+        *,
+        add: Callable[[argparse.ArgumentParser], Any] | None = None,
+    ) -> "Call":
+        """Reads the command line and starts JAX. `doc`: the module's docstring; `add` adds options of its own."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m experiments.{self.name}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--size", choices=SIZES, default="laptop", help="how much is computed (laptop)")
+        parser.add_argument("--seeds", type=int, nargs="+", default=list(self.seeds), help="seeds (%(default)s)")
+        parser.add_argument("--out", type=Path, help=f"directory of the results ({RESULTS / self.name})")
+        parser.add_argument("--runs", type=Path, default=Path("runs"), help="where its trainings are kept (runs)")
+        if add:
+            add(parser)
+        argv = sys.argv[1:] if argv is None else list(argv)
+        args = parser.parse_args(argv)
+        if len(set(args.seeds)) < len(args.seeds):
+            parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands there twice")
+        from dreamer4_jax.parallel import start
+
+        start()
+        # The committed results are those of the laptop size; others lie elsewhere unless --out says so.
+        default = {"smoke": args.runs / "smoke" / self.name, "laptop": RESULTS / self.name}
+        out = args.out or default.get(args.size, RESULTS / f"{self.name}-{args.size}")
+        command = shlex.join(["python", "-m", f"experiments.{self.name}", *argv])
+        return Call(self, args.size, tuple(args.seeds), out, command, args)
+
+
+@dataclass
+class Call:
+    """One call of an experiment. `args` holds the options that it added itself."""
+
+    study: Study
+    size: str
+    seeds: tuple[int, ...]
+    out: Path
+    command: str
+    args: argparse.Namespace
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    began: float = field(default_factory=time.perf_counter)
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[bold]{text}[/bold]", highlight=False)
+
+    def track(self, items: Iterable[Item], text: str = "") -> Iterator[Item]:
+        """The items, behind a progress bar."""
+        done = list(items)
+        yield from track(done, text or self.study.name, console=self.console)
+
+    def run(self, config: Config, *phases: str) -> "Run":
+        """The run of a config, in a directory of its own under --runs, with `phases` trained or found finished."""
+        from dreamer4_jax.runner import Run
+
+        run = Run(config, self.args.runs / f"{config.name}-seed{config.seed}", resume=True)
+        for phase in phases:
+            run.train(phase)
+        return run
+
+    def write(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        finding: str,
+        figure: Figure,
+        **more: Any,
+    ) -> Path:
+        """Writes ``<name>.png`` and ``<name>.json``; returns the path of the latter.
+
+        Args:
+          rows: what was measured, intervals as `Interval` or ``{"mean", "low", "high"}``.
+          finding: one paragraph on what was found, also where it contradicts the claim.
+          more: further entries of the JSON.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        picture = self.out / f"{self.study.name}.png"
+        draft = picture.with_name(picture.name + ".part")
+        draft.write_bytes(plots.to_png(figure))
+        draft.replace(picture)
+        from dreamer4_jax.evaluation.summary import machine
+
+        tree = {
+            "name": self.study.name,
+            "question": self.study.question,
+            "claim": self.study.claim,
+            "finding": finding,
+            "size": self.size,
+            "command": self.command,
+            "seeds": list(self.seeds),
+            "commit": commit(),
+            "machine": machine(),
+            "versions": versions((*PACKAGES, *self.study.packages)),
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "figure": picture.name,
+            **more,
+            "rows": [dict(row) for row in rows],
+        }
+        path = self.out / f"{self.study.name}.json"
+        write_atomic(path, json.dumps(plain(tree), indent=1) + "\n")
+        self.say(f"{path}\n{finding}")
+        return path
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, marked where files of it were changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
+    try:
+        # Results and text may change, code may not.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions by name."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def entry(main: Callable[[], Any]) -> None:
+    """Runs an experiment's `main`; what the user can mend ends with one message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"dreamer4: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def studies() -> list[str]:
+    """Names of the experiments with a question: modules of experiments/ that define `STUDY`."""
+    import experiments as package
+
+    return sorted(p.stem for p in Path(package.__path__[0]).glob("*.py") if "\nSTUDY = " in p.read_text())
+
+
+def load(results: str | Path = RESULTS) -> list[dict[str, Any]]:
+    """What every experiment has written under `results`, by name; "directory" says where."""
+    found = []
+    for path in sorted(Path(results).glob("*/*.json")):
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); make it again or remove it") from error
+        if isinstance(tree, dict) and {"question", "finding", "rows"} <= set(tree):
+            found.append({**tree, "directory": path.parent})
+    return found

@@ -1,0 +1,35 @@
+"""What every experiment with a question must keep, whoever adds one: found by itself, and run at its smoke size."""
+
+import importlib
+import json
+
+import pytest
+
+from dreamer4_jax.evaluation.study import SIZES, load, studies
+
+
+def module(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+@pytest.mark.parametrize("name", studies())
+def test_a_study_says_what_it_asks_and_how_it_is_run(name):
+    study, doc = module(name).STUDY, module(name).__doc__
+    assert study.name == name and study.question.endswith("?") and study.claim
+    assert f"python -m experiments.{name}" in doc and "minute" in doc, "the docstring has the command and its duration"
+
+
+@pytest.mark.parametrize("tree", load(), ids=lambda tree: tree["directory"].name)
+def test_committed_results_are_of_a_study_that_asks_the_same(tree):
+    study = module(tree["name"]).STUDY
+    assert (tree["question"], tree["claim"]) == (study.question, study.claim)
+    assert tree["size"] in SIZES and tree["rows"] and tree["finding"] and tree["seeds"]
+    assert (tree["directory"] / tree["figure"]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", studies())
+def test_the_smoke_size_runs(name, tmp_path):
+    module(name).main(["--size", "smoke", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
+    tree = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert tree["rows"] and tree["finding"] and (tmp_path / "out" / tree["figure"]).exists()
