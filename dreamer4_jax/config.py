@@ -120,6 +120,8 @@ class DynamicsConfig:
     bootstrap_fraction: float = 0.25  # share of rows on the bootstrap branch (mix = rows)
     teacher: Literal["ema", "online"] = "ema"
     ramp: Literal["both", "flow", "none"] = "both"
+    prediction: Literal["x", "v"] = "x"  # what the network gives: clean tokens, or the velocity towards them
+    loss_space: Literal["x", "v"] = "x"  # of the squared errors: clean tokens (paper Eq 7), or velocities (Eq 3)
     condition_spatial: bool = False  # also add the action's and the (tau, d) token to every spatial token
     input_floor: float = 1.0  # gain of noisy tokens at signal level 0, see `dynamics.input_gain`; 1: no gain
     context_signal: float = 0.9  # rounded down to the grid of 1/k_max

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
-from dreamer4_jax.config import Config, UserError, from_dict, override
+from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
@@ -164,20 +164,38 @@ class Run:
         """Trains one phase (or finds it finished) and returns its EMA model."""
         if name not in self._models:
             require_models(self.dir, name)
-            phase = self._phase(name)
-            finished = model_path(self.dir, name).is_dir()
-            result = run_phase(
-                phase,
-                config=phase.full,
-                run_dir=self.dir,
-                seed=self.config.seed,
-                resume=self.resume or finished,
-                progress=self.progress,
-                mesh=self.mesh,
-            )
-            # Where the models are evaluated, and where later phases take them from.
-            self._models[name] = processes.whole(result.ema, self.mesh)
+            self._models[name] = self._trained(self._phase(name))
         return self._models[name]
+
+    def variant(self, name: str, overrides: Mapping[str, Any]) -> Dynamics:
+        """A dynamics model beside the run's own, trained as phase 1b is and on the same tokens, from a config that
+        differs in `overrides`: fields of `dynamics` and `train.dynamics`. Kept under checkpoints/<name>.
+
+        Raises:
+          ConfigError: a field of something else, on which the tokens may depend.
+        """
+        for field in overrides:
+            if not field.startswith(("dynamics.", "train.dynamics.")):
+                raise ConfigError(f"variant {name!r}: {field} is none of dynamics.* and train.dynamics.*")
+        if name in (*PHASES, "diffusion"):
+            raise ConfigError(f"variant {name!r}: is a phase of the run itself; choose another name")
+        if name not in self._models:
+            phase = DynamicsPhase(override(self.config, overrides), self.tokens(), name=name)
+            self._models[name] = self._trained(phase)
+        return self._models[name]
+
+    def _trained(self, phase: Any) -> Any:
+        result = run_phase(
+            phase,
+            config=phase.full,
+            run_dir=self.dir,
+            seed=self.config.seed,
+            resume=self.resume or model_path(self.dir, phase.name).is_dir(),
+            progress=self.progress,
+            mesh=self.mesh,
+        )
+        # Where the models are evaluated, and where later phases take them from.
+        return processes.whole(result.ema, self.mesh)
 
     def _phase(self, name: str) -> Any:
         if name == "tokenizer":

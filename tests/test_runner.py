@@ -106,6 +106,26 @@ def files(directory: Path, *, but: tuple[str, ...] = ()) -> dict[str, int]:
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in found if p.name not in but}
 
 
+def test_variants_are_trained_on_the_same_tokens(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory, tmp_path / "run")
+    run = Run.reopen(tmp_path / "run")
+    other = run.variant("velocity", {"dynamics.prediction": "v", "train.dynamics.steps": 3})
+    assert other.cfg.dynamics.prediction == "v" and run.config.dynamics.prediction == "x"
+    assert {row["step"] for row in read_metrics(run.dir) if row["phase"] == "velocity"} == {1, 2, 3}
+    before = files(run.dir)
+    again = Run.reopen(run.dir).variant("velocity", {"dynamics.prediction": "v", "train.dynamics.steps": 3})
+    assert checksum(again) == checksum(other) and files(run.dir) == before, "a finished one is read, not trained again"
+    with pytest.raises(UserError, match="another config"):
+        Run.reopen(run.dir).variant("velocity", {"dynamics.ramp": "none"})
+    for name, fields, match in (
+        ("coarse", {"tokenizer.pack": 2}, "tokenizer.pack is none of"),
+        ("agent", {"dynamics.ramp": "none"}, "is a phase of the run"),
+    ):
+        with pytest.raises(UserError, match=match):
+            run.variant(name, fields)
+
+
 def test_a_run_goes_from_recording_to_report(finished):
     directory, data = finished
     for name in ("config.json", "metrics.jsonl", "report.html", "results.json", "stages.json"):

@@ -135,6 +135,34 @@ def test_loss_is_the_weighted_mean_of_eq_7(mix, ramp):
     np.testing.assert_allclose(metrics["bootstrap"], errors[~flow].mean(), **CLOSE)
 
 
+@pytest.mark.parametrize("mix", ["rows", "frames"])
+def test_loss_in_velocities_is_the_literal_eq_3(mix):
+    student, teacher = fakes(mix=mix, ramp="none", loss_space="v")
+    z1 = latents(16, 5)
+    loss, _, _ = shortcut.shortcut_forward(student, teacher, z1, moves(16, 5), jax.random.key(3))
+    z, tau, d = (np.asarray(x, np.float64) for x in student.calls[0][:3])
+    wide = lambda x: x[..., None, None]
+    z0 = (z - wide(tau) * np.asarray(z1, np.float64)) / wide(1 - tau)
+    velocity = lambda w: lambda x, t, s: (network(x, t, s, w) - x) / wide(1 - t)
+    f, teach = velocity(0.8), velocity(0.3)
+    first = teach(z, tau, d / 2)
+    second = teach(z + first * wide(d) / 2, tau + d / 2, d / 2)
+    target = np.where(wide(d) == 1 / K_MAX, np.asarray(z1, np.float64) - z0, (first + second) / 2)
+    np.testing.assert_allclose(loss, ((f(z, tau, d) - target) ** 2).mean(), rtol=1e-4)
+
+
+def test_velocity_prediction_leads_to_clean_tokens():
+    """x = z~ + (1 - tau) v, with v what the same weights give as x."""
+    z, tau, d = latents(2, 3), jnp.asarray([[0.0, 0.25, 0.5]] * 2), jnp.full((2, 3), 0.25)
+    run = jax.jit(lambda model, *inputs: model(*inputs).z1)
+    direct, velocity = (
+        run(drawn(partial(Dynamics, config(**{"dynamics.prediction": name}))), z, tau, d, moves(2, 3))
+        for name in ("x", "v")
+    )
+    expected = np.asarray(z, np.float64) + (1 - np.asarray(tau))[..., None, None] * np.asarray(direct)
+    np.testing.assert_allclose(velocity, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_mix_gives_each_row_one_branch():
     student, teacher = fakes(mix="rows", bootstrap_fraction=0.25)
     actions, segments = moves(16, 5), jnp.arange(80).reshape(16, 5)

@@ -164,6 +164,8 @@ def shortcut_forward(
         target = jnp.where(apart[..., None, None], _spread_rows(goal, boot, z1.shape[0]), z1)
     error = jnp.mean((out.z1 - jax.lax.stop_gradient(target)) ** 2, axis=(-2, -1))[:rows]
     tau, flow = tau[:rows], flow[:rows]
+    if cfg.loss_space == "v":  # v = (z1 - z~) / (1 - tau) of prediction and target
+        error = error / (1.0 - tau) ** 2
     weight = {"both": ramp(tau), "flow": jnp.where(flow, ramp(tau), 1.0), "none": jnp.ones_like(tau)}[cfg.ramp]
     metrics = {"flow": jnp.sum(error * flow) / jnp.maximum(jnp.sum(flow), 1)}
     if boot:
@@ -180,7 +182,8 @@ def shortcut_loss(
     *,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Shortcut forcing (paper Eq 7 with Eq 8): flow term at d = 1/k_max, bootstrap term above, both in x-space.
+    """Shortcut forcing (paper Eq 7 with Eq 8): flow term at d = 1/k_max, bootstrap term above, both in x-space (with
+    `dynamics.loss_space` = "v" the literal Eq 3, the errors of velocities).
 
     Args:
       z1: clean tokens.

@@ -1,0 +1,137 @@
+"""Does it matter how the two branches of shortcut forcing share a batch, and whose weights teach?
+
+    python -m experiments.bootstrap_mix                  # about 50 minutes on 2 cores
+    python -m experiments.bootstrap_mix --size smoke     # under a minute
+    python -m experiments.bootstrap_mix --size tpu       # five seeds, ten times the steps
+
+The paper draws (tau, d) for every frame (Eq 4) and writes the network itself, with a stop-gradient, as the teacher of
+the bootstrap term. This library splits by rows (a quarter of them bootstraps, so the teacher computes a quarter of the
+batch) and lets the moving average teach. All four combinations, on the same tokens and for the same number of steps:
+imagined clips at K = 1, 4 and k_max, and what a step costs.
+"""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from dreamer4_jax.config import override
+from dreamer4_jax.evaluation import plots
+from dreamer4_jax.evaluation.metrics import bootstrap_difference_ci
+from dreamer4_jax.evaluation.rollouts import imagine_clips
+from dreamer4_jax.evaluation.study import Study, entry
+from dreamer4_jax.evaluation.worldmodel import as_dict
+from dreamer4_jax.training.metrics import read_ledger
+from experiments import quickstart
+
+STUDY = Study(
+    "bootstrap_mix",
+    question="Does it matter whether rows or single frames bootstrap, and whose weights teach?",
+    claim="The paper draws d for each frame (Eq 4) and teaches with the online weights; it reports no alternative.",
+    seeds=(0, 1, 2),
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "smoke": {},
+    "laptop": {"train.dynamics.steps": 600, "train.dynamics.batch": 8},
+    "tpu": {"train.dynamics.steps": 6000, "train.dynamics.batch": 32},
+}
+MIXES = {"rows": "a quarter of the rows", "frames": "single frames (Eq 4)"}
+TEACHERS = {"ema": "average", "online": "online"}
+
+
+def measure(call, seed: int) -> list[dict[str, Any]]:
+    """Rows of one seed: each combination at each K, with the clips' symbol accuracies (of tiles that change too)."""
+    base = quickstart.config("smoke" if call.size == "smoke" else "quick", seed)
+    config = override(base, {"name": f"bootstrap-mix-{call.size}", **SIZES[call.size]})
+    run = call.run(config, "tokenizer")
+    held, tokenizer, rows = run.held_out(), run.model("tokenizer"), []
+    for mix, teacher in product(MIXES, TEACHERS):
+        name = f"{mix}-{teacher}"
+        model = run.variant(name, {"dynamics.mix": mix, "dynamics.teacher": teacher})
+        seconds = read_ledger(run.dir)[name]["productive"] / config.train.dynamics.steps
+        for k in sorted({1, min(4, config.dynamics.k_max), config.dynamics.k_max}):
+            scores = held.score(imagine_clips(model, tokenizer, held, k, seed))
+            top, bottom = scores.parts()["changed_accuracy"]
+            rows.append(
+                {
+                    "seed": seed,
+                    "mix": mix,
+                    "teacher": teacher,
+                    "steps": k,
+                    "seconds_per_step": seconds,
+                    **{name: scores.summary(())["average"][name] for name in ("symbol_accuracy", "changed_accuracy")},
+                    "clips": [round(float(x), 4) for x in top.sum(1) / np.maximum(bottom.sum(1), 1)],
+                }
+            )
+    return rows
+
+
+def difference(rows: list[dict[str, Any]], k: int, field: str, a: str, b: str) -> dict[str, float] | None:
+    """Changed-tile accuracy with `field` = a minus that with b, at K = k: paired by clip, over seeds and the other
+    field."""
+    pick = lambda value: np.concatenate([r["clips"] for r in rows if r["steps"] == k and r[field] == value])
+    return as_dict(bootstrap_difference_ci(pick(a), pick(b)))
+
+
+def draw(rows: list[dict[str, Any]]):
+    """Accuracy of each combination and seed at each K, and the seconds of a step."""
+    steps = sorted({row["steps"] for row in rows})
+    figure, axes = plots.panels([*(f"K = {k}: tiles that change" for k in steps), "cost of a training step"], 3.4, 3.2)
+    order = list(product(MIXES, TEACHERS))
+    labels = [f"{MIXES[m].replace(' (', chr(10) + '(')}\n{TEACHERS[t]} teacher" for m, t in order]
+    for panel, k in zip(axes, [*steps, None], strict=True):
+        for at, (mix, teacher) in enumerate(order):
+            mine = [r for r in rows if (r["mix"], r["teacher"]) == (mix, teacher) and (k is None or r["steps"] == k)]
+            for r, shift in zip(mine, np.linspace(-0.15, 0.15, len(mine)) if len(mine) > 1 else [0.0], strict=True):
+                color = plots.PALETTE[at]
+                if k is None:
+                    panel.plot(r["seconds_per_step"], at + shift, "o", color=color, markersize=4)
+                else:
+                    found = r["changed_accuracy"]
+                    low, high = found["mean"] - found["low"], found["high"] - found["mean"]
+                    panel.errorbar(
+                        100 * found["mean"],
+                        at + shift,
+                        xerr=[[100 * low], [100 * high]],
+                        fmt="o",
+                        color=color,
+                        markersize=4,
+                    )
+        panel.set_yticks(range(len(order)), labels if panel is axes[0] else [""] * len(order))
+        panel.set_ylim(len(order) - 0.5, -0.5)
+        panel.set_xlabel("seconds" if k is None else "right (%), one point a seed, 95 % of clips")
+        panel.grid(axis="x", alpha=0.14)
+    return figure
+
+
+def found(rows: list[dict[str, Any]], differences: dict[str, Any]) -> str:
+    """The paragraph: differences in points with their intervals, and the costs."""
+    parts = []
+    for name, each in differences.items():
+        told = [
+            f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] at K = {k}"
+            for k, d in each.items()
+        ]
+        parts.append(f"{name}: {', '.join(told)}")
+    cost = {m: float(np.median([r["seconds_per_step"] for r in rows if r["mix"] == m])) for m in MIXES}
+    return (
+        f"Points of accuracy on tiles that change (95 % intervals over clips and seeds). {'. '.join(parts)}. A step "
+        f"costs "
+        f"{1000 * cost['rows']:.0f} ms with rows and {1000 * cost['frames']:.0f} ms with frames "
+        f"({cost['frames'] / cost['rows']:.2f} times): there the teacher computes the whole batch."
+    )
+
+
+def main(argv=None) -> None:
+    call = STUDY.call(__doc__, argv)
+    rows = [row for seed in call.track(call.seeds) for row in measure(call, seed)]
+    steps = sorted({row["steps"] for row in rows})
+    differences = {
+        "Rows minus frames": {k: difference(rows, k, "mix", "rows", "frames") for k in steps},
+        "Average minus online teacher": {k: difference(rows, k, "teacher", "ema", "online") for k in steps},
+    }
+    call.write(rows, finding=found(rows, differences), figure=draw(rows), differences=differences)
+
+
+if __name__ == "__main__":
+    entry(main)
