@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+from dreamer4_jax.config import Config, ConfigError, UserError, override, parse_overrides, preset
 from dreamer4_jax.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -89,20 +89,12 @@ def _open(config: Config, args: argparse.Namespace) -> "Run":
 
 def _reopen(directory: str) -> "Run":
     """An existing run, with the config it was made with."""
-    import json
-
+    from dreamer4_jax.inference import read_config
     from dreamer4_jax.parallel.bucket import on_disk
     from dreamer4_jax.runner import Run
 
-    directory = str(on_disk(directory))
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        raise UserError(f"{directory}: is no run directory (it has no config.json)")
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from error
-    return Run(from_dict(Config, tree), directory, resume=True)
+    path = on_disk(directory)
+    return Run(read_config(path), path, resume=True)
 
 
 def _cmd_run(args: argparse.Namespace) -> None:
