@@ -136,7 +136,7 @@ def test_seeds_reproduce_and_other_seeds_do_not(starts):
 
 def test_a_vector_environment_plays_what_single_ones_play(starts):
     """In one batch products round differently: here, to a pixel value."""
-    models, count = world(CFG), 5
+    models, count = world(CFG), 64
     envs = gymnasium.make_vec(NAME, num_envs=count, checkpoint=models, starts=starts)
     assert isinstance(envs, WorldModelVectorEnv)
     observation, info = envs.reset(seed=20)
