@@ -172,6 +172,17 @@ def _cmd_bench(args: argparse.Namespace) -> None:
     bench_generate.main(names, steps=args.steps, batches=batches, accelerators=accelerators, out=args.out)
 
 
+def _cmd_export(args: argparse.Namespace) -> None:
+    """a run's sampler and policy as portable programs that need JAX, and not this package"""
+    from dreamer4_jax.export import export
+    from dreamer4_jax.inference import load_world
+    from dreamer4_jax.parallel.bucket import on_disk
+
+    world = load_world(on_disk(args.run), phase=args.phase)
+    platforms = tuple(filter(None, args.platforms.split(",")))
+    print(export(world, args.out, greedy=args.greedy, dtype=args.dtype, platforms=platforms))
+
+
 def _cmd_aot(args: argparse.Namespace) -> int:
     """compile a config for a TPU that need not be there: does it fit, and how fast might it be"""
     from dreamer4_jax.aot_cli import main
@@ -237,6 +248,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", default="1", help="of generate: streams side by side, by commas (1)")
     sub.add_argument("--aot", default="", metavar="TPUS", help="of generate: also estimate for these, e.g. v5e-1,v6e-1")
     sub.add_argument("--out", help="also write the figures to this JSON file")
+    sub = add("export", _cmd_export)
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--phase", choices=["agent", "imagination"], help="whose policy (the latest that is finished)")
+    sub.add_argument("--greedy", action="store_true", help="the policy takes its most probable action")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products, instead of the config's")
+    sub.add_argument("--platforms", default="cpu,cuda,tpu", help="to run on, by commas (cpu,cuda,tpu)")
     sub = add("aot", _cmd_aot)
     sub.add_argument("experiment", help="a file of experiments/ or a preset")
     _config_arguments(sub)
