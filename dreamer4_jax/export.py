@@ -1,8 +1,8 @@
 """`dreamer4 export`: a run's sampler and policy as portable programs (`jax.export`), and the weights beside them.
 
-A folder holds policy.jaxexport, start.jaxexport and step.jaxexport (StableHLO with a year's compatibility, see JAX's
-documentation), weights.npz, manifest.json, and exported.py, which runs them without this package. Arrays and programs
-alone: nothing is unpickled.
+A folder holds policy.jaxexport, start.jaxexport and step.jaxexport (readable by other versions of JAX for as long as
+`jax.export` promises), weights.npz, manifest.json, and exported.py, which runs them without this package. Arrays and
+programs alone: nothing is unpickled.
 """
 
 import dataclasses

@@ -4,6 +4,9 @@ A slot's numbers are a function of its own context, seed and actions: what other
 shapes are fixed, so nothing is compiled after the first `join`, `step` and `leave`, and a frame costs the same at any
 age. Of S streams with different numbers of sampling steps each pass computes all: a batched pass costs an accelerator
 about as much as that of one stream, and groups of changing size would compile anew.
+
+A frame takes K passes and one more that writes it and reads reward, value and policy off it: whoever chooses the next
+action, person or policy, has seen them. `shortcut.generate`, where all actions are known before, does without.
 """
 
 from collections.abc import Callable, Mapping
