@@ -172,7 +172,7 @@ class Run:
         if name in (*PHASES, "diffusion"):
             raise ConfigError(f"variant {name!r}: is a phase of the run itself; choose another name")
         if name not in self._models:
-            phase = DynamicsPhase(override(self.config, overrides), self.tokens(), name=name)
+            phase = DynamicsPhase(override(self.config, dict(overrides)), self.tokens(), name=name)
             self._models[name] = self._trained(phase)
         return self._models[name]
 
