@@ -208,7 +208,10 @@ def write_rlds(folder: Path, episodes: list[Played], form: str) -> Path:
             "steps": tfds.features.Dataset(
                 {
                     "observation": tfds.features.FeaturesDict(
-                        {"image": tfds.features.Image(shape=(None, None, 3)), "state": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
+                        {
+                            "image": tfds.features.Image(shape=(None, None, 3)),
+                            "state": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+                        }
                     ),
                     "action": tfds.features.Scalar(dtype=np.int32),
                     "reward": tfds.features.Scalar(dtype=np.float32),

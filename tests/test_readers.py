@@ -171,7 +171,7 @@ def test_sources_that_are_none(tmp_path):
 
 def test_inferred_action_spaces():
     tables = [
-        {"pick": np.asarray([0, 3]), "keys": np.asarray([[True, False], [False, True]]), "arm": np.asarray([[0.1, 40.0]]),
+        {"pick": np.asarray([0, 3]), "keys": np.eye(2, dtype=bool), "arm": np.asarray([[0.1, 40.0]]),
          "hot": np.eye(3, dtype=np.float32)[[0, 2]], "soft": np.asarray([0.5, np.nan])},
         {"pick": np.asarray([1, 1]), "arm": np.asarray([[-0.5, -20.0]])},
     ]  # fmt: skip

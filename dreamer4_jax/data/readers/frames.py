@@ -71,7 +71,7 @@ def decode_image(data: bytes) -> np.ndarray:
 def span(
     path: Path, fit: Callable[[np.ndarray], np.ndarray], begin: float, count: int, slack: float
 ) -> Iterator[np.ndarray]:
-    """`count` frames from the one at `begin` seconds (give or take `slack`) on, for files whose timestamps are sound."""
+    """`count` frames from the one at `begin` seconds (give or take `slack`) on; for files with sound timestamps."""
     av = needs("av", "reading video")
     with av.open(str(path)) as container:
         stream = _stream(container)

@@ -1,4 +1,4 @@
-"""Live recording from any gymnasium environment by random actions: the source is ``gym:ID``, such as ``gym:ALE/Pong-v5``.
+"""Live recording from any gymnasium environment by random actions: the source is ``gym:ID``, as ``gym:CarRacing-v3``.
 
 Frames are the observation where it is a picture, else what the environment renders. Episode i is seeded with
 `seed` + i, environment and actions both. To record a policy of your own, wrap the environment in

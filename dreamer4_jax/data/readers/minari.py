@@ -1,8 +1,8 @@
 """Minari datasets (HDF5 or Arrow), read with `minari` itself: T + 1 observations, an action and a reward between two.
 
-Minari stores pictures as JPEG unless it was told otherwise, so frames may be a little off what was recorded. Spaces must
-be in the meta data: a dataset that has only the specification of an environment is refused, since making that would run
-whatever it names.
+Minari stores pictures as JPEG unless it was told otherwise, so frames may be a little off what was recorded. Spaces
+must be in the meta data: a dataset that has only the specification of an environment is refused, since making that
+would run whatever it names.
 """
 
 import json

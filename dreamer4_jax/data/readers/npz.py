@@ -1,8 +1,8 @@
 """Episodes as .npz files, one a file: DreamerV1 to V3 and Crafter's recorder, and what `envs.recorder` writes.
 
 Frames are the first of `FRAMES`, uint8 [T, H, W, 3]; actions ``action``, or ``actions/NAME`` for several components;
-``reward``; ``is_terminal`` (or ``terminal``, ``done``, ``discount``); ``task`` a text. By default row t holds the action
-that led to frame t, as these recorders write it; `--alignment taken` says otherwise. Pickled arrays are refused.
+``reward``; ``is_terminal`` (or ``terminal``, ``done``, ``discount``); ``task`` a text. By default row t holds the
+action that led to frame t, as these recorders write it; `--alignment taken` says otherwise. Pickles are refused.
 """
 
 import zipfile
@@ -49,7 +49,7 @@ def _columns(file: Any) -> dict[str, np.ndarray]:
 
 def _length(path: Path) -> int:
     """Frames of a file, from the header of its array: nothing is decompressed."""
-    with reading(path.name), zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:
         key = _frames_key([n.removesuffix(".npy") for n in archive.namelist()])
         with archive.open(f"{key}.npy") as stream:
             version = np.lib.format.read_magic(stream)
@@ -85,11 +85,11 @@ class NpzReader(Reader):
             return str(file[name].reshape(-1)[0]) if name else ""
 
     def entries(self) -> list[Entry]:
-        out = []
-        for key, path in self._files.items():
-            found = list(readable([key], lambda _, p=path: _length(p)))
-            out.append(Entry(key, found[0] if found else 0))
-        return out
+        return [Entry(key, next(readable([key], self._length), 0)) for key in self._files]
+
+    def _length(self, key: str) -> int:
+        with reading(key):
+            return _length(self._files[key])
 
     def read(self, key: str, part: Part) -> Episode:
         with reading(key), np.load(self._files[key], allow_pickle=False) as file:

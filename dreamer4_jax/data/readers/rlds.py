@@ -158,7 +158,7 @@ def _is_action(name: str) -> bool:
 
 def _is_picture(feature: Any) -> bool:
     shape = feature.shape or ()
-    return len(shape) == 3 and shape[-1] in (1, 3, 4) and type(feature).__name__ == "Image"
+    return [*shape[2:]] in ([1], [3], [4]) and type(feature).__name__ == "Image"
 
 
 def _rank(name: str) -> tuple[bool, str]:

@@ -1,8 +1,8 @@
 """OpenAI VPT contractor recordings: NAME.mp4 at 20 frames a second beside NAME.jsonl, one line a frame.
 
 Line t holds the input given at frame t, so its action leads to frame t + 1. Actions are 23 keys, each for itself, and
-the mouse as one of 121 foveated classes (the paper's action space). Nothing is dropped: a frame without input is a frame
-with the null action. What is known to be wrong with the recordings is mended:
+the mouse as one of 121 foveated classes (the paper's action space). Nothing is dropped: a frame without input has the
+null action. What is known to be wrong with the recordings is mended:
 
 - In some the attack button is down from the first line, until it is pressed anew.
 - The scroll wheel was not recorded: a change of the selected hotbar slot counts as its key.
@@ -152,14 +152,11 @@ class VptReader(Reader):
         return False
 
     def entries(self) -> list[Entry]:
-        out = []
-        for key, path in self._files.items():
-            out.append(Entry(key, next(readable([key], lambda _, p=path: self._frames(p)), 0)))
-        return out
+        return [Entry(key, next(readable([key], self._frames), 0)) for key in self._files]
 
-    def _frames(self, path: Path) -> int:
-        with reading(path.name):
-            return frames.header(path)[0]
+    def _frames(self, key: str) -> int:
+        with reading(key):
+            return frames.header(self._files[key])[0]
 
     def read(self, key: str, part: Part) -> Episode:
         from dreamer4_jax.agent.actions import mu_law_mouse  # it imports JAX: only where a mouse is encoded
@@ -167,7 +164,7 @@ class VptReader(Reader):
         with reading(key):
             path = self._files[key]
             lines = read_lines(path.with_suffix(".jsonl"))
-            said = self._frames(path)
+            said = self._frames(key)
             if not lines:
                 raise DataError(f"{path.with_suffix('.jsonl').name} is empty")
             if said and abs(len(lines) - said) > max(2, TOLERANCE * said):
