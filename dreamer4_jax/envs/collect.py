@@ -302,7 +302,7 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
     directory = Path(out_dir)
     plan = _plan(config.data)
     d = dataclasses.asdict(config.data)
-    del d["workers"]  # where it ran is no part of what was recorded
+    del d["workers"], d["source"]  # where it ran is no part of what was recorded, and it was made from no source
     spec = DatasetSpec.of(config)
     request = {"seed": seed, "env": dataclasses.asdict(config.env), "data": d, "spec": spec.to_json()}
     writer.write_request(directory, request)

@@ -8,7 +8,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-from dreamer4_jax.data.readers.actions import ActionSpace
+from dreamer4_jax.data.readers.actions import ActionSpace, component_name
 from dreamer4_jax.data.readers.base import Entry, Fit, Options, Part, Reader
 from dreamer4_jax.data.schema import DataError
 
@@ -53,4 +53,15 @@ def open_source(
     return _reader(name)(source, options or Options(), space)
 
 
-__all__ = ["FORMATS", "ActionSpace", "Entry", "Fit", "Options", "Part", "Reader", "detect", "open_source"]
+__all__ = [
+    "FORMATS",
+    "ActionSpace",
+    "Entry",
+    "Fit",
+    "Options",
+    "Part",
+    "Reader",
+    "component_name",
+    "detect",
+    "open_source",
+]
