@@ -12,9 +12,10 @@ JOBS ?= 2
 # a fifth to a third less time; only glibc reads this, everything else ignores it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 
-# Options of the quickstart: SMOKE=1 (under 3 minutes), SEED=n, RUN=directory, RESUME=1 (go on with an earlier run).
+# Options of the quickstart: SMOKE=1 (under 3 minutes), SEED=n, RUN=directory, RESUME=1 (go on with an earlier run),
+# DATA=folder of videos, or anything else that `dreamer4 data convert` reads, instead of recorded BabyAI.
 RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN)) \
-  $(if $(filter-out 0,$(RESUME)),--resume)
+  $(if $(filter-out 0,$(RESUME)),--resume) $(if $(DATA),data.source="$(DATA)")
 
 .PHONY: help install test test-slow lint format typecheck quickstart quickstart-seeds quickstart-full bench constraints clean
 .DEFAULT_GOAL := help

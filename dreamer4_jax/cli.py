@@ -43,7 +43,12 @@ def resolve(name: str, size: str, seed: int, overrides: Sequence[str]) -> Config
         raise ConfigError(
             f"unknown experiment or preset {name!r}: choose one of {', '.join([*experiments(), *PRESETS])}"
         )
-    return override(config, parse_overrides(list(overrides)))
+    config = override(config, parse_overrides(list(overrides)))
+    if config.data.source:
+        from dreamer4_jax.data.source import adopt
+
+        config = adopt(config)
+    return config
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,9 +210,16 @@ def _cmd_launch(args: argparse.Namespace) -> int:
     return main(args)
 
 
+def _cmd_data(args: argparse.Namespace) -> None:
+    """convert videos and datasets into one to train on, inspect it, encode it once"""
+    from dreamer4_jax.data_cli import main
+
+    main(args)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dreamer4_jax import aot_cli
+    from dreamer4_jax import aot_cli, data_cli
     from launch.cli import add_arguments
 
     top = argparse.ArgumentParser(prog="dreamer4", description="Dreamer 4 in JAX: world models and agents inside them.")
@@ -240,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=4, help="sampling steps K per frame (4)")
     sub.add_argument("--clips", type=int, default=4, help="held-out clips (4)")
     sub.add_argument("--out", help="file to write (<run>/media/...)")
+    data_cli.add_arguments(add("data", _cmd_data))
     sub = add("report", _cmd_report)
     sub.add_argument("run", help="run directory, or `experiments`")
     sub = add("bench", _cmd_bench)

@@ -153,7 +153,7 @@ class AgentConfig:
 class EnvConfig:
     """The real environment, and the scripted policies that record it."""
 
-    kind: Literal["babyai"] = "babyai"
+    kind: Literal["babyai", "none"] = "babyai"  # none: there is only recorded data, see data.source
     levels: tuple[str, ...] = ("BabyAI-GoToLocal-v0",)
     view: Literal["full", "agent"] = "full"  # whole grid, or the agent's 7 x 7 view
     tile: int = 8  # pixels of a grid tile
@@ -164,6 +164,7 @@ class EnvConfig:
 class DataConfig:
     """Recording, storage and reading of episodes."""
 
+    source: str = ""  # train on this instead of recording: a dataset, or anything that `dreamer4 data convert` reads
     frames: int = 60_000
     chunk: int = 64  # frames of one record
     chunks_per_shard: int = 64
@@ -361,7 +362,8 @@ def validate(c: Config) -> None:
         f"must be a power of two up to dynamics.k_max = {d.k_max}",
     )
     _require(a.bins >= 3 and a.bins % 2 == 1, "agent.bins", a.bins, "must be odd and at least 3: one bin stands at 0")
-    _require(len(c.env.levels) > 0, "env.levels", c.env.levels, "needs at least one level")
+    if c.env.kind != "none":
+        _require(len(c.env.levels) > 0, "env.levels", c.env.levels, "needs at least one level")
     _require(len(c.actions) > 0, "actions", c.actions, "needs at least one component")
     names = [part.name for part in c.actions]
     _require(len(set(names)) == len(names), "actions", names, "each component needs a name of its own")

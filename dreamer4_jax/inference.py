@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
 from dreamer4_jax.config import Config, UserError, from_dict, override
-from dreamer4_jax.training.checkpoint import CheckpointError, load_model
+from dreamer4_jax.training.checkpoint import CheckpointError, load_meta, load_model
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import TransitionOracle
@@ -52,6 +52,18 @@ def load_phase(run_dir: str | Path, config: Config, phase: str) -> Any:
       CheckpointError: the phase is not finished in this run, or its model is damaged or of another config.
     """
     return load_model(finished_path(run_dir, phase), jax.eval_shape(model_makers(config)[phase], jax.random.key(0)))[0]
+
+
+def load_tokenizer(path: Path) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer of a run directory, or of the directory of its model; and the run directory, if it is one."""
+    run = path if (path / "config.json").is_file() else None
+    model = finished_path(run, "tokenizer") if run else path
+    meta = load_meta(model)
+    if meta.get("phase") != "tokenizer":
+        raise CheckpointError(f"{model}: holds the model of phase {meta.get('phase')!r}, not of a tokenizer")
+    cfg = from_dict(Config, meta["config"]).tokenizer
+    abstract = jax.eval_shape(lambda key: Tokenizer(cfg, key), jax.random.key(0))
+    return load_model(model, abstract)[0], run
 
 
 def read_config(run_dir: str | Path) -> Config:

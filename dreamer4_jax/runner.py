@@ -23,6 +23,7 @@ from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import WorldModelPolicy
 from dreamer4_jax.config import Config, ConfigError, UserError, override
 from dreamer4_jax.data.pipeline import Loader
+from dreamer4_jax.data.source import convert_source, is_dataset, missing_labels, skipped_episodes
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.envs.babyai import make
@@ -30,7 +31,7 @@ from dreamer4_jax.envs.collect import DataPolicy, check_config, collect
 from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
-from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
+from dreamer4_jax.evaluation.rollouts import HeldOut, clip_starts, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.inference import finished_path, load_phase, read_config
 from dreamer4_jax.nn.transformer import first_of_segment
@@ -41,6 +42,7 @@ from dreamer4_jax.training.loop import model_path, open_run, run_phase
 from dreamer4_jax.training.metrics import read_ledger, write_atomic
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from dreamer4_jax.world.dynamics import Dynamics
+from dreamer4_jax.world.tokenizer import Tokenizer
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
 NEEDS = {"dynamics": PHASES[:1], "diffusion": PHASES[:1], "agent": PHASES[:2], "imagination": ("tokenizer", "agent")}
@@ -80,9 +82,13 @@ class Run:
         self._models: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}
         # What can be known to be wrong is found before the run directory is made.
+        if config.data.source and data_dir:
+            raise UserError(f"--data {data_dir} and data.source = {config.data.source!r}: give one of them")
+        if is_dataset(config.data.source):
+            data_dir = config.data.source
         if data_dir:
             self._datasets["frames"] = open_dataset(data_dir, config)
-        elif not (Path(run_dir) / "config.json").exists():
+        elif not config.data.source and not (Path(run_dir) / "config.json").exists():
             check_config(config)
         self.dir = open_run(run_dir, config, resume)
         self.resume, self.progress = resume, progress and processes.is_main()
@@ -118,34 +124,33 @@ class Run:
         return given
 
     def collect(self) -> Dataset:
-        """Records episodes with the scripted policies of the config, unless a dataset was given."""
+        """Records episodes with the scripted policies of the config, or converts its source, unless a dataset was
+        given."""
         if "frames" not in self._datasets:
             if self.raw_dir == self.dir / "data" / "frames":
                 with processes.main_first("collect"):
                     if processes.is_main():
                         with self._timed("collect"):
-                            collect(self.config, self.raw_dir, seed=self.config.seed, progress=self.progress)
+                            self._record()
             self._datasets["frames"] = open_dataset(self.raw_dir, self.config)
         return self._datasets["frames"]
+
+    def _record(self) -> None:
+        if self.config.data.source:
+            convert_source(self.config, self.raw_dir, progress=self.progress)
+        else:
+            collect(self.config, self.raw_dir, seed=self.config.seed, progress=self.progress)
 
     def tokens(self) -> Dataset:
         """Encodes every frame once with the trained tokenizer."""
         if "latents" not in self._datasets:
             tokenizer = self.model("tokenizer")
             self.collect()
-            identity = checksum(tokenizer)
-            encode = jax.jit(lambda m, x, first: m.encode(x, segments=first_of_segment(first)))
-            out = self.dir / "data" / "tokens"
+            identity, out = checksum(tokenizer), self.dir / "data" / "tokens"
             with processes.main_first("tokens"):
                 if processes.is_main():
                     with self._timed("tokens"):
-                        write_tokens(
-                            self.raw_dir,
-                            out,
-                            lambda x, first: encode(tokenizer, x, first),
-                            identity=identity,
-                            progress=self.progress,
-                        )
+                        encode_dataset(tokenizer, self.raw_dir, out, progress=self.progress)
             self._datasets["latents"] = open_dataset(out, self.config, identity=identity)
         return self._datasets["latents"]
 
@@ -237,6 +242,8 @@ class Run:
     def policies(self) -> dict[str, Callable[[], Any]]:
         """Every policy of the closed-loop table, by name; made when asked for."""
         c, seed = self.config, self.config.seed
+        if c.env.kind == "none":
+            return {}
 
         def world_model(name: str, policy: Callable[[], PolicyHead], greedy: bool) -> Callable[[], Any]:
             return lambda: WorldModelPolicy(
@@ -273,6 +280,8 @@ class Run:
 
     def make_env(self, level: str) -> Any:
         c = self.config
+        if c.env.kind == "none":
+            raise UserError(f"{self.dir}: was trained on {c.data.source}; there is no environment to play in")
         return make(c.env, level, height=c.tokenizer.height, width=c.tokenizer.width, words=c.agent.task_words)
 
     def evaluate_policy(self, name: str, *, levels: Sequence[str] = ()) -> EvalResult:
@@ -329,9 +338,12 @@ class Run:
         Of several processes all train, and the main one alone records, encodes and evaluates.
         """
         began = time.perf_counter()
-        for name in PHASES:
+        obstacle = self.obstacle()
+        for name in PHASES[:2] if obstacle else PHASES:
             self._say(f"{name}: {getattr(self.config.train, name).steps} steps")
             self.train(name)
+        if obstacle:
+            self._say(f"agent and imagination are skipped: {obstacle}")
         if self.config.evaluate.diffusion_baseline:
             self._say("diffusion-forcing baseline")
             self.train("diffusion")
@@ -349,6 +361,14 @@ class Run:
             self.evaluate_policy(name)
         return self.report()
 
+    def obstacle(self) -> str:
+        """Why phases 2 and 3 cannot be trained on the run's source, and "" where they can."""
+        if self.config.env.kind != "none":
+            return ""
+        frames = self.collect()
+        clip_starts(self.config, frames)  # whether it can be evaluated is better known before it is trained
+        return missing_labels(frames)
+
     def report(self) -> dict[str, Any]:
         """Writes report.html and results.json from whatever the run has so far."""
         return write_report(
@@ -359,7 +379,16 @@ class Run:
             else None,
             results=self._played(),
             costs=self.costs(),
+            notes=self._notes(),
         )
+
+    def _notes(self) -> list[str]:
+        """What people must know of a run on data of their own."""
+        if self.config.env.kind != "none" or not is_dataset(str(self.raw_dir)):
+            return []
+        reason = missing_labels(self.collect())
+        played = "There is no environment to play in, so nothing was measured in closed loop."
+        return [f"Phases 2 and 3 are skipped: {reason}." if reason else played, *skipped_episodes(self.collect())]
 
     def _played(self) -> list[EvalResult]:
         """Results of the policies that have been played, in the order of the table."""
@@ -433,6 +462,17 @@ class _Stage:
         costs = json.loads(self._path.read_text()) if self._path.exists() else {}
         costs[self._name] = costs.get(self._name, 0.0) + time.perf_counter() - self._began
         write_atomic(self._path, json.dumps(costs))
+
+
+def encode_dataset(tokenizer: Tokenizer, raw: Path, out: Path, *, progress: bool) -> dict[str, Any]:
+    """Encodes every frame of a dataset once (`data.tokens`); returns the manifest."""
+    size, wanted = open_dataset(raw).spec.size, (tokenizer.cfg.height, tokenizer.cfg.width)
+    if size != wanted:
+        raise UserError(f"dataset {raw} holds frames of {size[0]} x {size[1]}, the tokenizer takes {wanted}")
+    encode = jax.jit(lambda m, x, first: m.encode(x, segments=first_of_segment(first)))
+    return write_tokens(
+        raw, out, lambda x, first: encode(tokenizer, x, first), identity=checksum(tokenizer), progress=progress
+    )
 
 
 def require_models(run_dir: Path, phase: str) -> None:

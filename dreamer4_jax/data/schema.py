@@ -1,11 +1,11 @@
-"""One episode schema, and fixed-length chunks of a stream of episodes.
+"""One episode schema, and fixed-length chunks of a stream of episodes. For people: docs/data.md.
 
 Alignment: index t holds frame t, the action that led to frame t, and the reward received with frame t. The first frame
 of an episode has no action (``present`` is False) and reward 0; the frame after the last action is stored.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Episode:
     present: dict[str, Bool[np.ndarray, " T"]]
     reward: Float[np.ndarray, " T"]
     is_terminal: bool  # the last frame ended the episode by success or failure; False: it was cut by a limit
-    task: Int[np.ndarray, " words"]
+    task: Int[np.ndarray, " words"]  # or [T, words], where the task changes within the episode
     meta: dict[str, Any] = field(default_factory=dict)  # JSON values, such as level, policy, seed, mission
 
     def __len__(self) -> int:
@@ -54,7 +54,9 @@ class Episode:
                 f"episode: reward = {self.reward[:4]}...: must be finite, and 0 with the first frame "
                 "(the reward at index t is the one received with frame t)"
             )
-        _check(self.task.dtype == np.int32 and self.task.ndim == 1, "task", self.task, "int32 [words]")
+        per_frame = self.task.ndim == 2 and len(self.task) == t
+        _check(self.task.dtype == np.int32 and (self.task.ndim == 1 or per_frame), "task", self.task,
+               f"int32 [words] or [{t}, words]")  # fmt: skip
         names = {part.name for part in components}
         for what, given in (("actions", self.actions), ("present", self.present)):
             if set(given) != names:
@@ -76,6 +78,58 @@ class Episode:
             if part.kind == "continuous" and not np.isfinite(value).all():
                 raise DataError(f"episode: {at} holds values that are not finite")
         return self
+
+    def part(self, start: int, stop: int | None = None) -> "Episode":
+        """Frames start .. stop - 1 as an episode of their own: nothing led to the first of them."""
+        cut = slice(start, len(self) if stop is None else min(stop, len(self)))
+        if start == 0 and cut.stop == len(self):
+            return self
+        present = {name: value[cut].copy() for name, value in self.present.items()}
+        reward = self.reward[cut].copy()
+        for value in present.values():
+            value[:1] = False
+        reward[:1] = 0
+        return replace(
+            self,
+            frames=self.frames[cut],
+            actions={name: value[cut] for name, value in self.actions.items()},
+            present=present,
+            reward=reward,
+            is_terminal=self.is_terminal and cut.stop == len(self),
+            task=self.task if self.task.ndim == 1 else self.task[cut],
+            meta={**self.meta, "from": start},
+        )
+
+    def every(self, n: int, components: tuple[ActionComponent, ...]) -> "Episode":
+        """Every n-th frame. Over the frames between, rewards add up and keys count if pressed in any of them; of a
+        categorical or continuous action the last one stands, and a mouse moves by the sum of its movements.
+
+        A kept frame has an action where all the frames up to it have one.
+        """
+        if n == 1:
+            return self
+        keep = np.arange(0, len(self), n)
+        groups = [np.arange(max(0, k - n + 1), k + 1) for k in keep.tolist()]  # what led to each kept frame
+        reward = np.asarray([self.reward[g].sum() for g in groups], np.float32)
+        present = {k: np.asarray([v[g].all() for g in groups], np.bool_) for k, v in self.present.items()}
+        actions = {k: v[keep] for k, v in self.actions.items()}
+        for c in components:
+            if c.kind == "binary":
+                actions[c.name] = np.stack([self.actions[c.name][g].max(0) for g in groups])
+            elif c.kind == "mouse":
+                actions[c.name] = np.asarray([_summed_mouse(self.actions[c.name][g]) for g in groups], np.int32)
+        task = self.task if self.task.ndim == 1 else self.task[keep]
+        # The last frames may be cut off: then the end is not seen either.
+        ended = self.is_terminal and keep[-1] == len(self) - 1
+        return replace(self, frames=self.frames[keep], actions=actions, present=present, reward=reward,
+                       is_terminal=ended, task=task)  # fmt: skip
+
+
+def _summed_mouse(ids: Int[np.ndarray, " n"]) -> int:
+    from dreamer4_jax.agent.actions import mu_law_mouse  # it imports JAX, which a recording process does not need
+
+    dx, dy = mu_law_mouse.decode(ids)
+    return int(mu_law_mouse.encode(dx.sum(), dy.sum()))
 
 
 def _check(ok: bool, name: str, value: np.ndarray, want: str) -> None:
@@ -99,7 +153,7 @@ def _arrays(episode: Episode) -> dict[str, np.ndarray]:
         "is_first": first,
         "is_last": last,
         "is_terminal": terminal,
-        "task": np.broadcast_to(episode.task, (t, len(episode.task))),
+        "task": np.broadcast_to(episode.task, (t, episode.task.shape[-1])),
     }
     for name, value in episode.actions.items():
         out[f"actions/{name}"] = value

@@ -7,12 +7,7 @@ episodes succeeds within ``env.max_steps``. Every episode is kept, successes and
 Nothing here imports JAX: worker processes must start fast and leave the accelerator alone.
 """
 
-import concurrent.futures
-import concurrent.futures.process
 import dataclasses
-import multiprocessing
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +17,11 @@ import gymnasium
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from minigrid.utils.baby_ai_bot import BabyAIBot
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dreamer4_jax.config import ActionComponent, Config, DataConfig, UserError
 from dreamer4_jax.data import writer
-from dreamer4_jax.data.schema import DataError, Episode, action_array, chunks
+from dreamer4_jax.data.jobs import make_shards
+from dreamer4_jax.data.schema import Episode, action_array, chunks
 from dreamer4_jax.data.store import SPLITS, DatasetSpec
 from dreamer4_jax.envs import babyai
 
@@ -171,6 +166,10 @@ class _Job:
     chunks: int
     path: str
 
+    @property
+    def frames(self) -> int:
+        return self.chunks * self.config.data.chunk
+
 
 class _Tally:
     """Counts of complete episodes by level and policy, and of episodes dropped because the bot failed."""
@@ -232,11 +231,6 @@ def _make_shard(job: _Job) -> dict[str, Any]:
     extra: dict[str, Any] = {"counts": tally.counts, "dropped": tally.dropped}
     first = (next(stream) for _ in range(job.chunks))
     return writer.write_shard(Path(job.path), DatasetSpec.of(job.config), first, extra)
-
-
-def _worker() -> None:
-    """Ctrl-C is the parent's business: workers finish the shard they are writing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_config(config: Config) -> None:
@@ -308,7 +302,7 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
     directory = Path(out_dir)
     plan = _plan(config.data)
     d = dataclasses.asdict(config.data)
-    del d["workers"]  # where it ran is no part of what was recorded
+    del d["workers"], d["source"]  # where it ran is no part of what was recorded, and it was made from no source
     spec = DatasetSpec.of(config)
     request = {"seed": seed, "env": dataclasses.asdict(config.env), "data": d, "spec": spec.to_json()}
     writer.write_request(directory, request)
@@ -321,7 +315,8 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
         place.append((split, index))
         path = directory / writer.shard_file(split, index, counts[split])
         jobs.append(_Job(config, seed, shard, size, str(path)))
-    for shard, entry in _run(jobs, config, progress):
+    made = make_shards(jobs, _make_shard, workers=config.data.workers, progress=progress, what="recording")
+    for shard, entry in made:
         split, index = place[shard]
         entries[split][index] = entry
     everything = [e for shards in entries.values() for e in shards]
@@ -333,51 +328,3 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
         statistics=summarize(everything),
         dropped=[episode for e in everything for episode in e["dropped"]],
     )
-
-
-def _run(jobs: list[_Job], config: Config, progress: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs the jobs, in this process or in workers, and yields (shard, entry) as they finish."""
-    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("frames  {task.fields[rate]}"),
-               TimeRemainingColumn())  # fmt: skip
-    begun = time.monotonic()
-    done = 0
-    with Progress(*columns, disable=not progress) as bar:
-        total = sum(job.chunks for job in jobs) * config.data.chunk
-        task = bar.add_task("recording", total=total, rate="")
-
-        def advance(job: _Job) -> None:
-            nonlocal done
-            done += job.chunks * config.data.chunk
-            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.0f} frames/s")
-
-        todo = []
-        for job in jobs:  # a recording that is complete starts no process
-            entry = writer.finished_shard(Path(job.path))
-            if entry is None:
-                todo.append(job)
-            else:
-                yield job.shard, entry
-                advance(job)
-        workers = min(config.data.workers, len(todo))
-        if workers <= 1:
-            for job in todo:
-                yield job.shard, _make_shard(job)
-                advance(job)
-            return
-        # Fork would copy the parent's threads' locks (JAX has threads); spawned workers import only what is above.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-            futures = {pool.submit(_make_shard, job): job for job in todo}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    job = futures[future]
-                    yield job.shard, future.result()
-                    advance(job)
-            except concurrent.futures.process.BrokenProcessPool:
-                raise DataError(
-                    "a recording process died (killed, or out of memory); run the same command again: whole shards "
-                    "are kept, and fewer processes (data.workers) need less memory"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise

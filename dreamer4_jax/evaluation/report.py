@@ -208,27 +208,29 @@ def _world_model(data: Mapping[str, Any]) -> str | None:
     parts = []
     conditions = w.get("conditions") or []
     if conditions:
+        columns: tuple[tuple[str, str, float, int], ...] = (
+            ("Symbols %", "symbol_accuracy", 100, 2),
+            ("Repeat %", "repeat_accuracy", 100, 2),
+            ("Changed %", "changed_accuracy", 100, 1),
+            ("Repeat, changed %", "repeat_changed_accuracy", 100, 1),
+            ("PSNR dB", "psnr", 1, 2),
+            ("SSIM", "ssim", 1, 3),
+        )
+        symbols = "symbol_accuracy" in conditions[0]["average"]
+        columns = columns if symbols else columns[4:]
         rows = []
         for c in conditions:
             frames = [("all", c["average"]), *((str(h["horizon"]), h) for h in c["horizons"])]
             for i, (name, m) in enumerate(frames):
-                rows.append(
-                    (
-                        f"<b>{_text(c['name'])}</b>" if i == 0 else "",
-                        name,
-                        _interval(m.get("symbol_accuracy"), 100),
-                        _interval(m.get("repeat_accuracy"), 100),
-                        _interval(m.get("changed_accuracy"), 100, 1),
-                        _interval(m.get("repeat_changed_accuracy"), 100, 1),
-                        _interval(m.get("psnr")),
-                        _interval(m.get("ssim"), 1, 3),
-                    )
-                )
-        head = ("Actions", "Frame", "Symbols %", "Repeat %", "Changed %", "Repeat, changed %", "PSNR dB", "SSIM")
+                cells = (_interval(m.get(key), scale, digits) for _, key, scale, digits in columns)
+                rows.append((f"<b>{_text(c['name'])}</b>" if i == 0 else "", name, *cells))
+        head = ("Actions", "Frame", *(title for title, *_ in columns))
+        tiles = (
+            " Repeat: the last context frame, on the same tiles. Changed: tiles that differ from the last context "
+            "frame or from the frame before."
+        )
         note = (
-            f"{conditions[0]['clips']} held-out clips. Repeat: the last context frame, on the same tiles. Changed: "
-            "tiles that differ from the last context frame or from the frame before. 95 % bootstrap intervals over "
-            "clips."
+            f"{conditions[0]['clips']} held-out clips.{tiles if symbols else ''} 95 % bootstrap intervals over clips."
         )
         parts.append(_chart(plots.horizon_figure(conditions), "symbol accuracy on changed tiles by imagined frame"))
         parts.append(_table(head, rows, note))

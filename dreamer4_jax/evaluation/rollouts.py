@@ -20,6 +20,7 @@ from dreamer4_jax.world.shortcut import generate
 from dreamer4_jax.world.tokenizer import Tokenizer
 
 FINETUNED = "after phase 2, true actions"  # the condition's name
+REPEATED = "the last frame repeated"
 SHOWN_STEPS = 4  # the paper's K: what clips, controls and targets are shown at
 
 
@@ -32,7 +33,7 @@ class HeldOut:
     actions: dict[str, np.ndarray]
     present: dict[str, np.ndarray]
     context: int
-    decoder: SymbolDecoder
+    decoder: SymbolDecoder | None  # None: no symbols are known, pictures alone are compared
 
     @classmethod
     def sample(cls, config: Config, frames: Dataset, tokens: Dataset, *, seed: int) -> "HeldOut":
@@ -41,22 +42,7 @@ class HeldOut:
         So only episodes of at least context + future frames are seen: short successes are not among them.
         """
         e = config.evaluate
-        length = e.context + e.frames
-        starts = []
-        at = 0
-        for stream in frames.streams("holdout"):
-            if stream >= length:
-                first = frames.window("holdout", at, stream)["is_first"]
-                # An episode that begins with the window itself is inside.
-                inside = np.lib.stride_tricks.sliding_window_view(first[1:], length - 1).sum(-1) == 0
-                starts.append(at + np.flatnonzero(inside))
-            at += stream
-        found = np.concatenate(starts) if starts else np.zeros(0, int)
-        if len(found) < e.clips:
-            raise UserError(
-                f"evaluate.clips = {e.clips}: the held-out split has {len(found)} windows of {length} frames inside "
-                "one episode; record more frames, raise data.holdout or env.max_steps, or shorten evaluate.frames"
-            )
+        length, found = e.context + e.frames, clip_starts(config, frames)
         chosen = np.sort(np.random.default_rng(seed).choice(found, e.clips, replace=False))
         raw = [frames.window("holdout", int(s), length) for s in chosen]
         coded = [tokens.window("holdout", int(s), length) for s in chosen]
@@ -67,13 +53,15 @@ class HeldOut:
             actions={n: np.stack([w[f"actions/{n}"] for w in raw]) for n in names},
             present={n: np.stack([w[f"present/{n}"] for w in raw]) for n in names},
             context=e.context,
-            decoder=SymbolDecoder(config.env.tile, config.env.view),
+            decoder=SymbolDecoder(config.env.tile, config.env.view) if config.env.kind == "babyai" else None,
         )
 
     def score(self, imagined: Float[np.ndarray, "n T H W 3"]) -> ClipScores:
         """Scores the frames after the context."""
-        symbols = self.decoder.decode(self.frames)
         video = to_uint8(imagined)
+        if self.decoder is None:
+            return score_clips(self.frames[:, self.context :], video)
+        symbols = self.decoder.decode(self.frames)
         return score_clips(
             self.frames[:, self.context :],
             video,
@@ -89,6 +77,36 @@ class HeldOut:
         order[np.roll(roll, -1)] = roll  # one cycle through all clips: none keeps its own
         actions = {n: a[order] for n, a in self.actions.items()}
         return HeldOut(self.frames, self.latents, actions, self.present, self.context, self.decoder)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any of the clips' frames has an action."""
+        return any(p.any() for p in self.present.values())
+
+    def repeated(self) -> Float[np.ndarray, "n T H W 3"]:
+        """The last context frame in place of every frame after it, in [0, 1]: what a model must beat."""
+        last = self.frames[:, self.context - 1 : self.context].astype(np.float32) / 255
+        return np.repeat(last, self.frames.shape[1] - self.context, axis=1)
+
+
+def clip_starts(config: Config, frames: Dataset) -> Int[np.ndarray, " n"]:
+    """First frames of the held-out windows of `evaluate.context` + `evaluate.frames` inside one episode."""
+    e = config.evaluate
+    length, at, starts = e.context + e.frames, 0, []
+    for stream in frames.streams("holdout"):
+        if stream >= length:
+            first = frames.window("holdout", at, stream)["is_first"]
+            # An episode that begins with the window itself is inside.
+            inside = np.lib.stride_tricks.sliding_window_view(first[1:], length - 1).sum(-1) == 0
+            starts.append(at + np.flatnonzero(inside))
+        at += stream
+    found = np.concatenate(starts) if starts else np.zeros(0, int)
+    if len(found) < e.clips:
+        raise UserError(
+            f"evaluate.clips = {e.clips}: the held-out split has {len(found)} windows of {length} frames inside "
+            "one episode; give more data, raise data.holdout or env.max_steps, or shorten evaluate.frames"
+        )
+    return found
 
 
 def to_uint8(video: Any) -> UInt8[np.ndarray, "n T H W 3"]:
@@ -126,14 +144,13 @@ def _video(tokenizer: Tokenizer, clips: HeldOut, z: Array) -> Float[np.ndarray, 
 
 
 def reconstruction(tokenizer: Tokenizer, held: HeldOut, *, shown: int = 6) -> dict[str, Any]:
-    """PSNR, SSIM and symbol accuracy of decoded tokens of the held-out frames, with 95 % intervals over clips."""
+    """PSNR, SSIM and, where there are any, symbol accuracy of the held-out frames decoded from their tokens, with 95 %
+    intervals over clips."""
     video = to_uint8(_decode(tokenizer, held.latents))
-    symbols = (held.decoder.decode(video) == held.decoder.decode(held.frames)).mean((-2, -1))
-    scores = {
-        "psnr": np.minimum(psnr(held.frames, video), PSNR_CAP),
-        "ssim": ssim(held.frames, video),
-        "symbol_accuracy": symbols,
-    }
+    scores = {"psnr": np.minimum(psnr(held.frames, video), PSNR_CAP), "ssim": ssim(held.frames, video)}
+    if held.decoder is not None:
+        symbols = held.decoder.decode(video) == held.decoder.decode(held.frames)
+        scores["symbol_accuracy"] = symbols.mean((-2, -1))
     pick = np.linspace(0, len(video) - 1, shown).astype(int)
     return {
         **{name: bootstrap_ci(np.asarray(v).mean(1))._asdict() for name, v in scores.items()},
@@ -185,11 +202,14 @@ def step_count(
                 kept[name] = video
         out["models"].append({"name": name, "rows": step_table(scores, milliseconds)})
         conditions.append({"name": f"{name}, true actions", **scores[control].summary()})
-        wrong, _ = imagine(model, held.shuffled(config.seed), control)
-        conditions.append({"name": f"{name}, shuffled actions", **held.score(wrong).summary()})
+        if held.labelled:
+            wrong, _ = imagine(model, held.shuffled(config.seed), control)
+            conditions.append({"name": f"{name}, shuffled actions", **held.score(wrong).summary()})
     if finetuned is not None:
         video = imagine_clips(finetuned, tokenizer, held, control, config.seed)
         conditions.append({"name": FINETUNED, **held.score(video).summary()})
+    if held.decoder is None:  # symbols bring this baseline along
+        conditions.append({"name": REPEATED, **held.score(held.repeated()).summary()})
     first = next(iter(models))
     return {
         "steps": {**out, "device": f"{jax.devices()[0].device_kind}, batch {len(held.frames)}"},

@@ -14,7 +14,7 @@ from dreamer4_jax import __version__
 from dreamer4_jax.config import Config, to_dict
 from dreamer4_jax.evaluation import report
 from dreamer4_jax.evaluation.closed_loop import EvalResult, compare
-from dreamer4_jax.evaluation.rollouts import FINETUNED
+from dreamer4_jax.evaluation.rollouts import FINETUNED, REPEATED
 from dreamer4_jax.training.metrics import read_ledger
 
 CLONED, IMAGINED = "phase 2 (cloning)", "phase 3 (imagination)"
@@ -116,6 +116,48 @@ def world_model_targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def _decibels(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:.2f} dB"
+
+
+def video_targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Targets of a world model whose frames have no symbols: PSNR of imagined frames against the simplest guesses."""
+    k, rows = measured["steps_shown"], measured["steps"]["models"][0]["rows"]
+    found = {c["name"]: c["average"]["psnr"] for c in measured["conditions"]}
+    mine = next(iter(found.values()))
+    at_k, at_max = _row(rows, k)["psnr"], rows[-1]["psnr"]
+    out = [
+        {
+            "name": f"imagined video, K = {k}, against repeating the last frame: PSNR",
+            "target": "above, intervals apart",
+            "value": f"{_decibels(mine)} against {_decibels(found[REPEATED])}",
+            "passed": _above(mine, found[REPEATED]),
+        },
+        {
+            "name": f"K = {k} against K = {rows[-1]['steps']}",
+            "target": "within 0.5 dB",
+            "value": f"{at_k['mean'] - at_max['mean']:+.2f} dB",
+            "passed": at_max["mean"] - at_k["mean"] <= 0.5,
+        },
+    ]
+    wrong = next((v for name, v in found.items() if name.endswith("shuffled actions")), None)
+    if wrong is not None:
+        out.append(
+            {
+                "name": "shuffling the actions costs PSNR",
+                "target": "below, intervals apart",
+                "value": f"{_decibels(wrong)} against {_decibels(mine)}",
+                "passed": _above(mine, wrong),
+            }
+        )
+    return out
+
+
+def _targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    symbols = "symbol_accuracy" in measured["reconstruction"]
+    return world_model_targets(measured) if symbols else video_targets(measured)
+
+
 def agent_targets(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
     """Phase 3 above phase 2, both above blind and random: intervals that do not overlap."""
     found = {r.policy: r.summary()["success"] for r in results}
@@ -141,14 +183,16 @@ def write_report(
     world_model: Mapping[str, Any] | None,
     results: Sequence[EvalResult],
     costs: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes report.html and results.json of a run, finished or not; returns the report's data."""
     played = {r.policy: r for r in results}
-    targets = (world_model_targets(world_model) if world_model else []) + agent_targets(results)
+    about = f"Levels {', '.join(config.env.levels)}." if config.env.levels else f"Data: {config.data.source}."
+    targets = (_targets(world_model) if world_model else []) + agent_targets(results)
     minutes, ledger = sum(costs.values()) / 60, read_ledger(run_dir)
     data: dict[str, Any] = {
         "title": f"dreamer4_jax: {config.name}, seed {config.seed}",
-        "summary": f"Levels {', '.join(config.env.levels)}. All stages together took {minutes:.1f} minutes.",
+        "summary": [f"{about} All stages together took {minutes:.1f} minutes.", *notes],
         "targets": targets,
         "phases": [_cost(config, name, seconds, ledger.get(name)) for name, seconds in costs.items()],
         "config": to_dict(config),

@@ -1,0 +1,75 @@
+"""Data of one's own in a run: `data.source` names a dataset, or anything that a reader knows, to be converted."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer4_jax.config import Config, override, to_dict
+from dreamer4_jax.data import readers
+from dreamer4_jax.data.convert import convert
+from dreamer4_jax.data.store import MANIFEST, Dataset, open_dataset
+
+
+def is_dataset(source: str) -> bool:
+    """Whether a source needs no conversion."""
+    return bool(source) and (Path(source) / MANIFEST).is_file()
+
+
+def adopt(config: Config) -> Config:
+    """The config with all that its source decides: action components, tasks, no environment; and a name of its own."""
+    source = config.data.source
+    if not source.startswith("gym:"):
+        source = str(Path(source).expanduser().absolute())
+    if is_dataset(source):
+        dataset = open_dataset(source, verify=False)
+        actions, words = dataset.spec.actions, dataset.spec.words
+        tasks = len(dataset.manifest.get("tasks", ()))
+    else:
+        reader = readers.open_source(source)
+        actions, words, tasks = reader.space.components, 1, len(reader.tasks)
+    values: dict[str, Any] = {
+        "name": f"{config.name}-{readers.component_name(Path(source).stem)}",
+        "data.source": source,
+        "env.kind": "none",
+        "env.levels": [],
+        "actions": [to_dict(part) for part in actions],
+        "agent.task_words": words,
+        "agent.task_vocab": max(config.agent.task_vocab, tasks + 1),
+    }
+    return override(config, values)
+
+
+def convert_source(config: Config, out: Path, *, progress: bool) -> dict[str, Any]:
+    """Converts the config's source at the size and with the chunks of the config; returns the manifest."""
+    t, d = config.tokenizer, config.data
+    return convert(
+        d.source,
+        out,
+        size=(t.height, t.width),
+        chunk=d.chunk,
+        holdout=d.holdout,
+        shard_frames=d.chunk * d.chunks_per_shard,
+        seed=config.seed,
+        workers=max(1, d.workers),
+        progress=progress,
+    )
+
+
+def missing_labels(dataset: Dataset) -> str:
+    """What phases 2 and 3 lack in a dataset, or ""."""
+    lacks = []
+    present = dataset.manifest.get("statistics", {}).get("present")
+    if present is not None and not any(present.values()):
+        lacks.append("actions")
+    if not np.any(dataset.rewarded("train")):
+        lacks.append("rewards")
+    return f"the data has no {' and no '.join(lacks)}" if lacks else ""
+
+
+def skipped_episodes(dataset: Dataset) -> list[str]:
+    """A sentence on the episodes that could not be converted, if there are any."""
+    bad = dataset.manifest.get("skipped", [])
+    if not bad:
+        return []
+    return [f"{len(bad)} episodes of the source were left out, the first because {bad[0]['reason']}."]
