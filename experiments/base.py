@@ -6,6 +6,10 @@ it is, and what is missing is trained. The tpu size is that of ``--full``.
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
 from dreamer4_jax.config import Config, override
 from dreamer4_jax.evaluation.rollouts import HeldOut
 from dreamer4_jax.evaluation.study import Call
@@ -13,7 +17,7 @@ from dreamer4_jax.parallel import processes
 from dreamer4_jax.runner import Run
 from dreamer4_jax.training.loop import open_run, run_phase
 from dreamer4_jax.training.phases import DynamicsPhase
-from dreamer4_jax.world import Dynamics
+from dreamer4_jax.world import Actions, Dynamics
 from experiments import quickstart
 
 QUICKSTART = {"smoke": "smoke", "laptop": "quick", "tpu": "full"}
@@ -54,6 +58,21 @@ def held_out(run: Run, clips: int) -> HeldOut:
     """`clips` clips of a run's held-out episodes."""
     wanted = override(run.config, {"evaluate.clips": clips})
     return HeldOut.sample(wanted, run.collect(), run.tokens(), seed=run.config.seed)
+
+
+def first_frames(run: Run, count: int) -> tuple[Array, Actions, Array, None]:
+    """Contexts for `agent.imagine` of one frame: those with which up to `count` held-out episodes begin."""
+    tokens, at, found = run.tokens(), 0, []
+    for length in tokens.streams("holdout"):
+        stream = tokens.window("holdout", at, length)
+        found += [{k: v[i] for k, v in stream.items()} for i in np.flatnonzero(stream["is_first"])]
+        at += length
+    found = found[:count]
+    take = lambda name: jnp.asarray(np.stack([f[name] for f in found]))
+    names = [part.name for part in run.config.actions]
+    actions = {n: take(f"actions/{n}")[:, None] for n in names}
+    present = {n: take(f"present/{n}")[:, None] for n in names}
+    return take("latents")[:, None].astype(jnp.float32), Actions(actions, present), take("task"), None
 
 
 def train_dynamics(call: Call, base: Run, variant: Config) -> Dynamics:
