@@ -220,9 +220,10 @@ class Dynamics(nnx.Module):
         )
         y = y.astype(jnp.float32)
         n = self.cfg.tokenizer.tokens
-        z1 = self.flow(y[:, :, 2 : 2 + n])
-        if self.cfg.dynamics.prediction == "v":  # on the straight line of Eq 6 the velocity z1 - z0 leads there
-            z1 = z + (1.0 - tau)[..., None, None] * z1
+        with jax.named_scope("flow"):
+            z1 = self.flow(y[:, :, 2 : 2 + n])
+            if self.cfg.dynamics.prediction == "v":  # on the straight line of Eq 6 the velocity z1 - z0 leads there
+                z1 = z + (1.0 - tau)[..., None, None] * z1
         h = None if task is None else y[:, :, -self.agent.shape[0] :].reshape(*wide, -1)
         # Under jit a cache that nobody reads costs nothing: denoising passes drop it.
         after = None
