@@ -6,8 +6,9 @@
 
 Three layouts of the same four layers: dense block-causal attention in each (the baseline of paper Table 2), space and
 time by turns, and the paper's time layer every fourth. FLOPs and memory are those of the compiled gradient of one
-sequence; the FLOPs of attention are what remains of them after T N times those of a single token. Prediction quality is
-compared after trainings of equal FLOPs, on the tokens of runs/quickstart-seed<N>, which is made if it is not there.
+sequence; the FLOPs of attention are what remains of those of all matrix products after T N times those of a single
+token. Prediction quality is compared after trainings of equal FLOPs, on the tokens of runs/quickstart-seed<N>, which is
+made if it is not there.
 """
 
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def measure(layout: str, frames: int, tokens: int, limit: float, repeats: int) -
         "T": frames,
         "N": tokens,
         "flops": float(compiled.cost_analysis()["flops"]),
+        "matmul_flops": matmul_flops(jax.grad(loss), net, x),
         "memory_bytes": int(memory),
         "milliseconds": milliseconds,
     }
@@ -106,7 +108,7 @@ def exponents(rows: list[dict[str, Any]], single: dict[str, float]) -> list[dict
             line = [r for r in rows if r["layout"] == layout and r["sweep"] == axis]
             x = [r[axis] for r in line]
             timed = [r for r in line if r["milliseconds"] is not None]
-            core = [r["flops"] - r["T"] * r["N"] * single[layout] for r in line]
+            core = [r["matmul_flops"] - r["T"] * r["N"] * single[layout] for r in line]
             found.append(
                 {
                     "layout": layout,
@@ -126,21 +128,18 @@ def quality(call: Call, seed: int, dense_steps: int, clips: int) -> list[dict[st
     run = base.trained(call, seed, "tokenizer")
     held = base.held_out(run, clips)
     steps_shown = min(4, run.config.dynamics.k_max)
-    variants, cost = {}, {}
-    for layout, fields in LAYOUTS.items():
-        slug = layout.replace(", ", "-").replace(" ", "-")
-        fields = {f"dynamics.transformer.{k}": v for k, v in fields.items()}
-        variants[layout] = override(run.config, {**fields, "name": f"attention-{slug}-{call.size}"})
-        (program,) = programs(variants[layout], ("dynamics",), mesh=run.mesh)
+    changed = {k: {f"dynamics.transformer.{f}": v for f, v in fields.items()} for k, fields in LAYOUTS.items()}
+    cost = {}
+    for layout, fields in changed.items():
+        (program,) = programs(override(run.config, fields), ("dynamics",), mesh=run.mesh)
         cost[layout] = matmul_flops(program.function, *program.arguments)
     rows = []
-    for layout, variant in variants.items():
+    for layout, fields in changed.items():
         steps = max(1, round(dense_steps * cost["dense"] / cost[layout]))
         call.say(f"seed {seed}, {layout}: {steps} steps of {cost[layout] / 1e9:.1f} GFLOP")
-        warmup = min(variant.train.dynamics.warmup, steps)
-        model = base.train_dynamics(
-            call, run, override(variant, {"train.dynamics.steps": steps, "train.dynamics.warmup": warmup})
-        )
+        warmup = min(run.config.train.dynamics.warmup, steps)
+        name = f"attention-{layout.replace(', ', '-').replace(' ', '-')}"
+        model = run.variant(name, {**fields, "train.dynamics.steps": steps, "train.dynamics.warmup": warmup})
         video = imagine_clips(model, run.model("tokenizer"), held, steps_shown, seed)
         average = held.score(video).summary(())["average"]
         rows.append(
@@ -207,7 +206,7 @@ def finding(fits: list[dict[str, Any]], rows: list[dict[str, Any]], learned: lis
         return max(r[key] for r in rows if r["layout"] == layout and r["sweep"] == "T")
 
     parts = [
-        f"Along {axis}, the compiled attention's FLOPs grow with exponent {fit('dense', axis, 'attention_flops')} "
+        f"Along {axis}, attention's FLOPs grow with exponent {fit('dense', axis, 'attention_flops')} "
         f"(theory over the same sweep: {fit('dense', axis, 'theory_attention')}) where it is dense, and "
         f"{fit('time every 4th', axis, 'attention_flops')} (theory {fit('time every 4th', axis, 'theory_attention')}) "
         f"with a time layer every fourth; temporary memory with {fit('dense', axis, 'memory')} against "
@@ -250,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[call.size]
     limits = size["limit"], size["repeats"]
     points = [("T", t, size["tokens"]) for t in size["T"]] + [("N", size["frames"], n) for n in size["N"]]
-    single = {layout: measure(layout, 1, 1, *limits)["flops"] for layout in LAYOUTS}
+    single = {layout: measure(layout, 1, 1, *limits)["matmul_flops"] for layout in LAYOUTS}
     rows = [
         {"sweep": sweep, **measure(layout, frames, tokens, *limits)}
         for layout, (sweep, frames, tokens) in call.track([(k, p) for k in LAYOUTS for p in points], "compiling")

@@ -4,6 +4,7 @@ A run lies where `dreamer4 run quickstart` puts it (runs/quickstart-seed<N>): wh
 it is, and what is missing is trained. The tpu size is that of ``--full``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,11 +14,8 @@ from jaxtyping import Array
 from dreamer4_jax.config import Config, override
 from dreamer4_jax.evaluation.rollouts import HeldOut
 from dreamer4_jax.evaluation.study import Call
-from dreamer4_jax.parallel import processes
 from dreamer4_jax.runner import Run
-from dreamer4_jax.training.loop import open_run, run_phase
-from dreamer4_jax.training.phases import DynamicsPhase
-from dreamer4_jax.world import Actions, Dynamics
+from dreamer4_jax.world import Actions
 from experiments import quickstart
 
 QUICKSTART = {"smoke": "smoke", "laptop": "quick", "tpu": "full"}
@@ -75,14 +73,18 @@ def first_frames(run: Run, count: int) -> tuple[Array, Actions, Array, None]:
     return take("latents")[:, None].astype(jnp.float32), Actions(actions, present), take("task"), None
 
 
-def train_dynamics(call: Call, base: Run, variant: Config) -> Dynamics:
-    """Another dynamics on the tokens of `base`, kept under --runs by the variant's name. Returns its EMA weights."""
-    found = run_phase(
-        DynamicsPhase(variant, base.tokens()),
-        config=variant,
-        run_dir=open_run(call.args.runs / f"{variant.name}-seed{variant.seed}", variant, resume=True),
-        seed=variant.seed,
-        resume=True,
-        mesh=base.mesh,
+def part(held: HeldOut, rows: slice) -> HeldOut:
+    """Some of the clips."""
+    cut = lambda tree: {name: x[rows] for name, x in tree.items()}
+    return replace(
+        held,
+        frames=held.frames[rows],
+        latents=held.latents[rows],
+        actions=cut(held.actions),
+        present=cut(held.present),
     )
-    return processes.whole(found.ema, base.mesh)
+
+
+def value(interval: Any, key: str = "mean") -> float:
+    """An end or the middle of an interval, which rows hold as either."""
+    return interval[key] if isinstance(interval, dict) else getattr(interval, key)

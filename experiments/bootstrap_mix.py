@@ -6,8 +6,8 @@
 
 The paper draws (tau, d) for every frame (Eq 4) and writes the network itself, with a stop-gradient, as the teacher of
 the bootstrap term. This library splits by rows (a quarter of them bootstraps, so the teacher computes a quarter of the
-batch) and lets the moving average teach. All four combinations, on the same tokens and for the same number of steps:
-imagined clips at K = 1, 4 and k_max, and what a step costs.
+batch) and lets the moving average teach. All four combinations, on the tokens of runs/quickstart-seed<N> (made if it is
+not there) and for the same number of steps: imagined clips at K = 1, 4 and k_max, and what a step costs.
 """
 
 from itertools import product
@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dreamer4_jax.config import override
 from dreamer4_jax.evaluation import plots
 from dreamer4_jax.evaluation.metrics import bootstrap_difference_ci
 from dreamer4_jax.evaluation.rollouts import imagine_clips
 from dreamer4_jax.evaluation.study import Study, entry
 from dreamer4_jax.evaluation.worldmodel import as_dict
 from dreamer4_jax.training.metrics import read_ledger
-from experiments import quickstart
+from experiments import base
 
 STUDY = Study(
     "bootstrap_mix",
@@ -31,9 +30,9 @@ STUDY = Study(
     seeds=(0, 1, 2),
 )
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": {},
-    "laptop": {"train.dynamics.steps": 600, "train.dynamics.batch": 8},
-    "tpu": {"train.dynamics.steps": 6000, "train.dynamics.batch": 32},
+    "smoke": dict(steps=2, batch=4, clips=4),
+    "laptop": dict(steps=600, batch=8, clips=128),
+    "tpu": dict(steps=6000, batch=32, clips=512),
 }
 MIXES = {"rows": "a quarter of the rows", "frames": "single frames (Eq 4)"}
 TEACHERS = {"ema": "average", "online": "online"}
@@ -41,15 +40,17 @@ TEACHERS = {"ema": "average", "online": "online"}
 
 def measure(call, seed: int) -> list[dict[str, Any]]:
     """Rows of one seed: each combination at each K, with the clips' symbol accuracies (of tiles that change too)."""
-    base = quickstart.config("smoke" if call.size == "smoke" else "quick", seed)
-    config = override(base, {"name": f"bootstrap-mix-{call.size}", **SIZES[call.size]})
-    run = call.run(config, "tokenizer")
-    held, tokenizer, rows = run.held_out(), run.model("tokenizer"), []
+    size = SIZES[call.size]
+    run = base.trained(call, seed, "tokenizer")
+    held, tokenizer, rows = base.held_out(run, size["clips"]), run.model("tokenizer"), []
+    k_max, warmup = run.config.dynamics.k_max, min(run.config.train.dynamics.warmup, size["steps"])
+    trained = {"steps": size["steps"], "batch": size["batch"], "warmup": warmup}
+    shared = {f"train.dynamics.{name}": value for name, value in trained.items()}
     for mix, teacher in product(MIXES, TEACHERS):
-        name = f"{mix}-{teacher}"
-        model = run.variant(name, {"dynamics.mix": mix, "dynamics.teacher": teacher})
-        seconds = read_ledger(run.dir)[name]["productive"] / config.train.dynamics.steps
-        for k in sorted({1, min(4, config.dynamics.k_max), config.dynamics.k_max}):
+        name = f"mix-{mix}-{teacher}"
+        model = run.variant(name, {"dynamics.mix": mix, "dynamics.teacher": teacher, **shared})
+        seconds = read_ledger(run.dir)[name]["productive"] / size["steps"]
+        for k in sorted({1, min(4, k_max), k_max}):
             scores = held.score(imagine_clips(model, tokenizer, held, k, seed))
             top, bottom = scores.parts()["changed_accuracy"]
             rows.append(
@@ -116,8 +117,7 @@ def found(rows: list[dict[str, Any]], differences: dict[str, Any]) -> str:
     cost = {m: float(np.median([r["seconds_per_step"] for r in rows if r["mix"] == m])) for m in MIXES}
     return (
         f"Points of accuracy on tiles that change (95 % intervals over clips and seeds). {'. '.join(parts)}. A step "
-        f"costs "
-        f"{1000 * cost['rows']:.0f} ms with rows and {1000 * cost['frames']:.0f} ms with frames "
+        f"costs {1000 * cost['rows']:.0f} ms with rows and {1000 * cost['frames']:.0f} ms with frames "
         f"({cost['frames'] / cost['rows']:.2f} times): there the teacher computes the whole batch."
     )
 

@@ -10,7 +10,6 @@ distances compare the clips with others of the same recording, whose number and 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from dreamer4_jax.evaluation.study import Study, entry
 from dreamer4_jax.runner import Run
 from dreamer4_jax.world import Actions, TransitionOracle, adaptive, shortcut
 from experiments import base
+from experiments.base import part, value
 
 STUDY = Study(
     "step_count",
@@ -59,17 +59,6 @@ def adapted(model, context, actions, key, tolerance):
 @jax.jit
 def decode(tokenizer, z):
     return tokenizer.decode(z)
-
-
-def part(held: HeldOut, rows: slice) -> HeldOut:
-    cut = lambda tree: {name: x[rows] for name, x in tree.items()}
-    return replace(
-        held,
-        frames=held.frames[rows],
-        latents=held.latents[rows],
-        actions=cut(held.actions),
-        present=cut(held.present),
-    )
 
 
 def arguments(held: HeldOut, seed: int) -> tuple[Any, ...]:
@@ -150,10 +139,6 @@ def returns(run: Run, count: int) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure and finding
-
-
-def value(interval: Any, key: str = "mean") -> float:
-    return interval[key] if isinstance(interval, dict) else getattr(interval, key)
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
