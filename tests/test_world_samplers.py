@@ -35,7 +35,7 @@ class Knowing:
     def init_cache(self, batch):
         return SimpleCache(jnp.zeros((batch, 1), jnp.int32))
 
-    def __call__(self, z, tau, d, actions, *, task=None, segments=None, cache=None, finished=None):
+    def __call__(self, z, tau, d, actions, *, task=None, segments=None, cache=None, finished=None, streams=None):
         at = int(cache.pos[0, 0])
         self.calls.append(SimpleNamespace(z=z, tau=tau, d=d, actions=actions, segments=segments, at=at))
         frames = z.shape[1]

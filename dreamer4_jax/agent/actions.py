@@ -46,6 +46,10 @@ class Categorical:
         logp = jax.nn.log_softmax(self.logits)
         return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
+    def intention(self) -> Float[Array, "... A"]:
+        """Probability of each class."""
+        return jax.nn.softmax(self.logits)
+
     def agreement(self, value: Int[Array, "..."]) -> Float[Array, "..."]:
         """1 where the mode is `value`."""
         return (self.mode() == value).astype(jnp.float32)
@@ -77,6 +81,10 @@ class Binary:
     def entropy(self) -> Float[Array, "..."]:
         on, off = jax.nn.log_sigmoid(self.logits), jax.nn.log_sigmoid(-self.logits)
         return -jnp.sum(jnp.exp(on) * on + jnp.exp(off) * off, axis=-1)
+
+    def intention(self) -> Float[Array, "... A"]:
+        """Probability that each key is pressed."""
+        return jax.nn.sigmoid(self.logits)
 
     def agreement(self, value: Array) -> Float[Array, "..."]:
         """Share of the keys whose mode is `value`."""
@@ -119,6 +127,10 @@ class Continuous:
     def entropy(self) -> Float[Array, "..."]:
         return jnp.sum(self.log_std + 0.5 * np.log(2 * np.pi * np.e), axis=-1)
 
+    def intention(self) -> Float[Array, "... A"]:
+        """The mean."""
+        return self.mean
+
     def agreement(self, value: Array) -> Float[Array, "..."]:
         """1 minus half the mean absolute error of the mode: 1 is exact, 0 the opposite end of [-1, 1]."""
         return 1.0 - 0.5 * jnp.mean(jnp.abs(self.mean - value), axis=-1)
@@ -160,6 +172,10 @@ class ActionDistribution:
     def mode(self) -> dict[str, Array]:
         """The most probable action."""
         return {name: part.mode() for name, part in self.parts.items()}
+
+    def intention(self) -> dict[str, Float[Array, "... A"]]:
+        """What a person is shown of it: probabilities of classes and keys, means of continuous components."""
+        return {name: part.intention() for name, part in self.parts.items()}
 
     def kl(self, other: "ActionDistribution") -> Float[Array, "..."]:
         """KL(self || other), summed over components."""

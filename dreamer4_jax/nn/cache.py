@@ -47,13 +47,30 @@ def reset(cache: Cache, streams: Bool[Array, " B"]) -> Cache:
     return Cache(cache.k, cache.v, pos, jnp.where(streams, 0, cache.next))
 
 
-def write(cache: Cache, k: Array, v: Array, segments: Int[Array, "B T"] | None = None) -> Cache:
+def put(cache: Cache, stream: Int[Array, ""], one: Cache) -> Cache:
+    """The history of `one`, a cache of a single stream, becomes that of stream number `stream`."""
+
+    def at(whole: Array, part: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, stream, axis)
+
+    pos, after = at(cache.pos, one.pos, 0), at(cache.next, one.next, 0)
+    return Cache(at(cache.k, one.k, 1), at(cache.v, one.v, 1), pos, after)
+
+
+def write(
+    cache: Cache,
+    k: Array,
+    v: Array,
+    segments: Int[Array, "B T"] | None = None,
+    streams: Bool[Array, " B"] | None = None,
+) -> Cache:
     """Appends T finished frames to every stream.
 
     Args:
       k, v: [layers, B, N, G, T, K] of frames ``next .. next + T - 1``, rotated by those indices.
       segments: episode numbers of the frames. Only the last frame's episode stays visible to what follows; what the
         ring held before belongs to the episode of the first frame.
+      streams: those that are written; the others keep what they hold, bit for bit.
     """
     window = cache.pos.shape[1]
     frames = k.shape[4]
@@ -66,11 +83,16 @@ def write(cache: Cache, k: Array, v: Array, segments: Int[Array, "B T"] | None =
     drop = max(0, frames - window)  # frames that the ring would overwrite at once
     k, v, index, stored = k[..., drop:, :], v[..., drop:, :], index[:, drop:], stored[:, drop:]
     slots = index % window
+    if streams is not None:
+        # A write beyond the ring is dropped: where a stream rests, nothing is moved or copied.
+        slots = jnp.where(streams[:, None], slots, window + jnp.arange(slots.shape[1]))
+        held = jnp.where(streams[:, None], held, cache.pos)
+        after = jnp.where(streams, after, cache.next)
 
-    def put(ring, new, slot):  # one stream: ring [layers, N, G, W, K]
-        return ring.at[:, :, :, slot].set(new.astype(ring.dtype), unique_indices=True)
+    def append(ring, new, slot):  # one stream: ring [layers, N, G, W, K]
+        return ring.at[:, :, :, slot].set(new.astype(ring.dtype), unique_indices=True, mode="drop")
 
-    over_streams = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
-    pos = jax.vmap(lambda p, s, i: p.at[s].set(i, unique_indices=True))(held, slots, stored)
+    over_streams = jax.vmap(append, in_axes=(1, 1, 0), out_axes=1)
+    pos = jax.vmap(lambda p, s, i: p.at[s].set(i, unique_indices=True, mode="drop"))(held, slots, stored)
     k, v = (constrain(over_streams(ring, new, slots), *CACHE) for ring, new in ((cache.k, k), (cache.v, v)))
     return Cache(k, v, pos, after)

@@ -180,6 +180,7 @@ class Dynamics(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         cache: ring.Cache | None = None,
         finished: int | None = None,
+        streams: Bool[Array, " B"] | None = None,
     ) -> DynamicsOutput:
         """One pass over T frames.
 
@@ -189,6 +190,7 @@ class Dynamics(nnx.Module):
           task: word ids, added to the agent tokens, whose read-out is returned.
           segments: episode numbers; frames see only their own episode.
           finished: how many of the frames, from the first, are written to the cache (all by default).
+          streams: whose frames are written to the cache (all by default).
           cache: history in front of the frames.
         """
         batch, frames = z.shape[:2]
@@ -224,5 +226,5 @@ class Dynamics(nnx.Module):
         after = None
         if cache is not None and kv is not None:
             k, v = (x[..., :finished, :] for x in kv)
-            after = ring.write(cache, k, v, segments=None if segments is None else segments[:, :finished])
+            after = ring.write(cache, k, v, None if segments is None else segments[:, :finished], streams)
         return DynamicsOutput(z1, h, after)

@@ -6,7 +6,7 @@ Everything here is float32: signal levels, targets, losses.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dreamer4_jax.config import DynamicsConfig
 from dreamer4_jax.nn.cache import Cache
@@ -191,14 +191,21 @@ def shortcut_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers
+# Samplers. Where they take a key, one for each stream [B] does too: a stream's noise then depends on its own key alone.
+
+
+def _normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal numbers, float32."""
+    if key.ndim == 0:
+        return jax.random.normal(key, shape, jnp.float32)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(key)
 
 
 def settle(dynamics: Dynamics, z1: Float[Array, "B T N C"], key: Array) -> tuple[Array, Array, Array]:
     """Finished frames as later ones see them: noised to the context level, with that level as label. (z, tau, d)."""
     tau = jnp.full(z1.shape[:2], dynamics.context_level, jnp.float32)
     d = jnp.full(z1.shape[:2], 1.0 / dynamics.k_max, jnp.float32)
-    return add_noise(z1.astype(jnp.float32), jax.random.normal(key, z1.shape, jnp.float32), tau), tau, d
+    return add_noise(z1.astype(jnp.float32), _normal(key, z1.shape), tau), tau, d
 
 
 def observe(
@@ -210,10 +217,11 @@ def observe(
     *,
     task: Int[Array, "B T words"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    streams: Bool[Array, " B"] | None = None,
 ) -> tuple[Cache, Float[Array, "B T D"] | None]:
-    """Writes finished frames, noised to the context level. Returns the cache and h."""
+    """Writes finished frames, noised to the context level, of `streams` (all by default). Returns the cache and h."""
     with jax.named_scope("observe"):
-        out = dynamics(*settle(dynamics, z1, key), actions, task=task, segments=segments, cache=cache)
+        out = dynamics(*settle(dynamics, z1, key), actions, task=task, segments=segments, cache=cache, streams=streams)
     assert out.cache is not None
     return out.cache, out.h
 
@@ -224,10 +232,13 @@ def denoise(
     actions: Actions,
     key: Array,
     *,
-    steps: Int[Array, ""] | int,
+    steps: Int[Array, ""] | Int[Array, " B"] | int,
 ) -> Float[Array, "B 1 N C"]:
     """Samples the next frame from pure noise in `steps` equal steps. `steps` is a power of two up to k_max and may be
     traced: one program serves every K. Agent tokens take no part: nothing that is predicted here depends on them.
+
+    Streams may have different numbers of steps [B]: there are as many passes as the largest, and a stream that has
+    taken its own waits for the others.
     """
     size = 1.0 / jnp.asarray(steps, jnp.float32)
     with jax.named_scope("denoise"):
@@ -236,19 +247,25 @@ def denoise(
 
 def _noise(dynamics: Dynamics, cache: Cache, key: Array) -> Float[Array, "B 1 N C"]:
     t = dynamics.cfg.tokenizer
-    return jax.random.normal(key, (cache.pos.shape[0], 1, t.tokens, t.token_channels), jnp.float32)
+    return _normal(key, (cache.pos.shape[0], 1, t.tokens, t.token_channels))
 
 
 def _steps(dynamics: Dynamics, cache: Cache, actions: Actions, z: Array, size: Array, first: int, steps) -> Array:
     """Euler steps `first` to `steps` - 1 of the frame that follows what `cache` holds."""
     one = z.shape[:2]
+    steps = jnp.asarray(steps, jnp.int32)
+    if steps.ndim:
+        steps, size = steps[:, None], size[:, None]
 
     def body(i, z):
-        tau = jnp.asarray(i, jnp.float32) * size
-        out = dynamics(z, jnp.full(one, tau), jnp.full(one, size), actions, cache=cache)
-        return euler_step(z, out.z1, tau, size)
+        tau = jnp.minimum(i, steps - 1).astype(jnp.float32) * size  # those that wait stay on the grid
+        out = dynamics(z, jnp.broadcast_to(tau, one), jnp.broadcast_to(size, one), actions, cache=cache)
+        if not steps.ndim:
+            return euler_step(z, out.z1, tau, size)
+        after = euler_step(z, out.z1, tau[..., None, None], size[..., None, None])
+        return jnp.where((i < steps)[..., None, None], after, z)
 
-    return jax.lax.fori_loop(jnp.int32(first), jnp.asarray(steps, jnp.int32), body, z)
+    return jax.lax.fori_loop(jnp.int32(first), jnp.max(steps), body, z)
 
 
 def next_frame(

@@ -184,9 +184,21 @@ class Tokenizer(nnx.Module):
 
     def decode_stream(self, z: Array, cache: TokenizerCache) -> tuple[Float[Array, "B T Y X 3"], TokenizerCache]:
         """`decode` of the tokens that follow what `cache` has seen."""
-        video, kv = self._decode(z, None, cache.decoder)
-        decoder = cache.decoder if kv is None else ring.write(cache.decoder, *kv)
-        return jnp.clip(video, 0.0, 1.0), TokenizerCache(cache.encoder, decoder)
+        video, decoder = self.decode_after(cache.decoder, z)
+        return video, TokenizerCache(cache.encoder, decoder)
+
+    def decode_after(
+        self,
+        cache: ring.Cache,
+        z: Array,
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        streams: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T Y X 3"], ring.Cache]:
+        """`decode_stream` with the decoder's cache alone; of `streams` only the marked ones are written to it."""
+        video, kv = self._decode(z, segments, cache)
+        after = cache if kv is None else ring.write(cache, kv[0], kv[1], segments, streams)
+        return jnp.clip(video, 0.0, 1.0), after
 
 
 def reset_streams(cache: TokenizerCache, streams: Bool[Array, " B"]) -> TokenizerCache:

@@ -1,0 +1,402 @@
+"""Continuous batching: streams of different age in one batch, each joined, stepped, reset and ended on its own.
+
+A slot's numbers are a function of its own context, seed and actions: what other slots do changes none of them. All
+shapes are fixed, so nothing is compiled after the first `join`, `step` and `leave`, and a frame costs the same at any
+age. Of S streams with different numbers of sampling steps each pass computes all: a batched pass costs an accelerator
+about as much as that of one stream, and groups of changing size would compile anew.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from dreamer4_jax.nn import cache as ring
+from dreamer4_jax.world.dynamics import Actions, Dynamics
+from dreamer4_jax.world.oracle import ContinueLike, RewardLike, one_frame
+from dreamer4_jax.world.precision import cast_once
+from dreamer4_jax.world.shortcut import denoise, observe
+from dreamer4_jax.world.tokenizer import Tokenizer
+
+# (dynamics, cache, actions, keys [B], steps=[B]) -> z [B, 1, N, C], as `shortcut.denoise`.
+Sampler = Callable[..., Float[Array, "B 1 N C"]]
+
+
+class PolicyLike(Protocol):
+    def __call__(self, h: Array) -> Any: ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["reward", "cont", "policy", "value"], meta_fields=[])
+@dataclass(frozen=True)
+class Heads:
+    """What is read off h. `value` is None before imagination training."""
+
+    reward: RewardLike
+    cont: ContinueLike
+    policy: PolicyLike
+    value: RewardLike | None = None
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "decoder", "z", "h", "frame", "task", "key", "age", "active"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class StreamState:
+    """Everything that S streams remember.
+
+    Attributes:
+      cache: the dynamics' history, finished frames at the context level.
+      decoder: history of the tokenizer's decoder.
+      z: [S, N, C], clean tokens of the last frame.
+      h: [S, D], agent read-out of the last frame.
+      frame: uint8 [S, Y, X, 3], the last frame, decoded.
+      task: int32 [S, words].
+      key: typed keys [S], from the seed of each `join`.
+      age: int32 [S], frames sampled since `join`.
+      active: bool [S], between `join` and `leave`.
+    """
+
+    cache: ring.Cache
+    decoder: ring.Cache
+    z: Float[Array, "S N C"]
+    h: Float[Array, "S D"]
+    frame: UInt8[Array, "S Y X 3"]
+    task: Int[Array, "S words"]
+    key: Array
+    age: Int[Array, " S"]
+    active: Bool[Array, " S"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["frame", "reward", "cont", "value", "action", "greedy", "intention", "z", "h", "age"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Shown:
+    """The newest frame of every slot and what is read off it, as device arrays. Slots that did not advance show what
+    they showed before; slots that nobody has joined show nothing of meaning.
+
+    Attributes:
+      frame: uint8 [S, Y, X, 3].
+      reward, cont, value: float32 [S]. reward and cont (probability that the episode goes on) came with the frame;
+        value is the expected return from it on, NaN without a value head.
+      action: component -> [S, ...], drawn by the policy for the next step; greedy: its mode.
+      intention: component -> [S, M, A], probabilities of classes or keys (means, if continuous) of the next M actions.
+      z: [S, N, C] clean tokens, h: [S, D] read-out, age: int32 [S] frames sampled since `join`.
+    """
+
+    frame: UInt8[Array, "S Y X 3"]
+    reward: Float[Array, " S"]
+    cont: Float[Array, " S"]
+    value: Float[Array, " S"]
+    action: dict[str, Array]
+    greedy: dict[str, Array]
+    intention: dict[str, Float[Array, "S M A"]]
+    z: Float[Array, "S N C"]
+    h: Float[Array, "S D"]
+    age: Int[Array, " S"]
+
+
+Models = tuple[Tokenizer, Dynamics, Heads]
+
+
+def to_bytes(video: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """[0, 1] to uint8, rounded."""
+    return jnp.round(video * 255.0).astype(jnp.uint8)
+
+
+def _keys(state: StreamState) -> tuple[Array, Array, Array]:
+    """Keys [S] of the frame that each slot makes next: of its noise, of its noise as context, of the policy's draw."""
+    split = jax.vmap(lambda key, age: jax.random.split(jax.random.fold_in(key, age), 3))(state.key, state.age)
+    return split[:, 0], split[:, 1], split[:, 2]
+
+
+def _show(heads: Heads, state: StreamState) -> Shown:
+    coming = heads.policy(state.h)  # [S, M]
+    now = jax.tree.map(lambda x: x[:, 0], coming)
+    drawn = jax.vmap(lambda part, key: part.sample(key))(now, _keys(state)[2])
+    nothing = jnp.full(state.age.shape, jnp.nan, jnp.float32)
+    return Shown(
+        frame=state.frame,
+        reward=heads.reward.mean(state.h),
+        cont=heads.cont.prob(state.h),
+        value=nothing if heads.value is None else heads.value.mean(state.h),
+        action=drawn,
+        greedy=now.mode(),
+        intention=coming.intention(),
+        z=state.z,
+        h=state.h,
+        age=state.age,
+    )
+
+
+@partial(jax.jit, donate_argnums=1)
+def _join(
+    models: Models,
+    state: StreamState,
+    slot: Int[Array, ""],
+    frames: UInt8[Array, "T Y X 3"],
+    actions: Actions,
+    count: Int[Array, ""],
+    task: Int[Array, " words"],
+    seed: Array,
+) -> tuple[StreamState, Shown]:
+    """Only the last `count` frames are context; those before them are filling, an episode of its own."""
+    tokenizer, dynamics, heads = models
+    total = len(frames)
+    segments = (jnp.arange(total) >= total - count).astype(jnp.int32)[None]
+    stream, write = jax.random.split(jax.random.key(seed))
+    z = tokenizer.encode(frames[None], segments=segments)
+    words = jnp.broadcast_to(task, (1, total, *task.shape))
+    led = jax.tree.map(lambda x: x[None], actions)
+    cache, h = observe(dynamics, dynamics.init_cache(1), z, led, write, task=words, segments=segments)
+    assert h is not None
+    video, decoder = tokenizer.decode_after(tokenizer.init_cache(1).decoder, z, segments=segments)
+
+    def put(whole: Array, one: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype), slot, 0)
+
+    state = StreamState(
+        cache=ring.put(state.cache, slot, cache),
+        decoder=ring.put(state.decoder, slot, decoder),
+        z=put(state.z, z[0, -1]),
+        h=put(state.h, h[0, -1]),
+        frame=put(state.frame, to_bytes(video[0, -1])),
+        task=put(state.task, task),
+        key=state.key.at[slot].set(stream),
+        age=put(state.age, jnp.int32(0)),
+        active=put(state.active, jnp.bool_(True)),
+    )
+    return state, _show(heads, state)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _leave(state: StreamState, slot: Int[Array, ""]) -> StreamState:
+    here = jnp.arange(len(state.active)) == slot
+
+    def clear(x: Array) -> Array:
+        return jnp.where(here.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
+
+    return StreamState(
+        cache=ring.reset(state.cache, here),
+        decoder=ring.reset(state.decoder, here),
+        z=clear(state.z),
+        h=clear(state.h),
+        frame=clear(state.frame),
+        task=clear(state.task),
+        key=state.key,
+        age=clear(state.age),
+        active=clear(state.active),
+    )
+
+
+@partial(jax.jit, donate_argnums=1, static_argnames="sampler")
+def _step(
+    models: Models,
+    state: StreamState,
+    actions: dict[str, Array],
+    advance: Bool[Array, " S"],
+    steps: Int[Array, " S"],
+    *,
+    sampler: Sampler,
+) -> tuple[StreamState, Shown]:
+    tokenizer, dynamics, heads = models
+    go = advance & state.active
+    noise, write, _ = _keys(state)
+    led = one_frame(actions)
+    # A slot that rests asks for one pass, so that it never makes the others wait.
+    z = sampler(dynamics, state.cache, led, noise, steps=jnp.where(go, steps, 1))
+    cache, h = observe(dynamics, state.cache, z, led, write, task=state.task[:, None], streams=go)
+    assert h is not None
+    video, decoder = tokenizer.decode_after(state.decoder, z, streams=go)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(go.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    state = StreamState(
+        cache=cache,
+        decoder=decoder,
+        z=keep(z[:, 0], state.z),
+        h=keep(h[:, 0], state.h),
+        frame=keep(to_bytes(video[:, 0]), state.frame),
+        task=state.task,
+        key=state.key,
+        age=state.age + go,
+        active=state.active,
+    )
+    return state, _show(heads, state)
+
+
+class Streams:
+    """`slots` streams in one batch. The state is passed in and out, and what is passed in is donated.
+
+    Args:
+      context: frames of context that a `join` computes; of longer ones the last count.
+      dtype: "bfloat16" or "float32" for the transformers' products, instead of the config's. Either way the weights
+        are cast once, here.
+      sampler: makes the next frame, like `shortcut.denoise`, its default. `steps` of `step` reaches it as it is, an
+        int32 for each slot. Must be hashable, and the same object in every `Streams` that is to share its program.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dynamics: Dynamics,
+        heads: Heads,
+        *,
+        slots: int,
+        context: int | None = None,
+        dtype: str | None = None,
+        sampler: Sampler = denoise,
+    ):
+        self.config = dynamics.cfg
+        self.slots = slots
+        self.context = self.config.agent.context if context is None else context
+        for name, value in (("slots", slots), ("context", self.context)):
+            if value < 1:
+                raise ValueError(f"Streams({name}={value}): must be at least 1")
+        models = cast_once(tokenizer, dtype), cast_once(dynamics, dtype), heads
+        # Bound to a device from the start, as everything is that a jitted function returns: one program, not two.
+        self._device = jax.local_devices()[0]
+        self._models: Models = jax.device_put(models, self._device)
+        self._sampler = sampler
+
+    def empty(self) -> StreamState:
+        """The state in which no slot has been joined."""
+        tokenizer, dynamics, _ = self._models
+        c, s = self.config, self.slots
+        t = c.tokenizer
+        state = StreamState(
+            cache=dynamics.init_cache(s),
+            decoder=tokenizer.init_cache(s).decoder,
+            z=jnp.zeros((s, t.tokens, t.token_channels), jnp.float32),
+            h=jnp.zeros((s, c.dynamics.transformer.width * c.dynamics.agent_tokens), jnp.float32),
+            frame=jnp.zeros((s, t.height, t.width, 3), jnp.uint8),
+            task=jnp.zeros((s, c.agent.task_words), jnp.int32),
+            key=jax.random.split(jax.random.key(0), s),
+            age=jnp.zeros((s,), jnp.int32),
+            active=jnp.zeros((s,), bool),
+        )
+        return jax.device_put(state, self._device)
+
+    def join(
+        self,
+        state: StreamState,
+        slot: int,
+        frames: UInt8[np.ndarray, "T Y X 3"],
+        actions: Mapping[str, np.ndarray],
+        task: Int[np.ndarray, " words"],
+        seed: int,
+        *,
+        present: Mapping[str, np.ndarray] | None = None,
+    ) -> tuple[StreamState, Shown]:
+        """Starts, or starts anew, one slot from context frames. The other slots stay as they are, bit for bit.
+
+        Args:
+          actions: component -> [T, ...], the actions that led to the frames.
+          present: component -> bool [T]; by default every action but that of the first frame, which begins an episode.
+          seed: of the stream's noise and of the policy's draws.
+        """
+        self._check_slot(slot)
+        t, total = self.config.tokenizer, self.context
+        frames = np.asarray(frames)
+        if frames.ndim != 4 or not len(frames) or frames.shape[1:] != (t.height, t.width, 3):
+            raise ValueError(f"frames {frames.shape}: must be [T, {t.height}, {t.width}, 3] with T at least 1")
+        if frames.dtype != np.uint8:
+            raise ValueError(f"frames are {frames.dtype}: must be uint8")
+        length, count = len(frames), min(len(frames), total)
+        given = self._actions(actions, length)
+        if present is None:
+            present = {name: np.arange(length) > 0 for name in given}
+
+        def fixed(x: np.ndarray) -> np.ndarray:
+            out = np.zeros((total, *x.shape[1:]), x.dtype)
+            out[total - count :] = x[length - count :]
+            return out
+
+        there = {}
+        for name in given:
+            flags = np.asarray(present[name], bool)
+            if flags.shape != (length,):
+                raise ValueError(f"present[{name!r}] {flags.shape}: must be one bool for each of the {length} frames")
+            there[name] = fixed(flags)
+        words = np.asarray(task, np.int32)
+        if words.shape != (self.config.agent.task_words,):
+            raise ValueError(
+                f"task {words.shape}: must have agent.task_words = {self.config.agent.task_words} word ids"
+            )
+        led: Any = Actions({name: fixed(value) for name, value in given.items()}, there)  # type: ignore[misc,arg-type]
+        return _join(
+            self._models, state, np.int32(slot), fixed(frames), led, np.int32(count), words, np.uint32(seed % 2**32)
+        )
+
+    def leave(self, state: StreamState, slot: int) -> StreamState:
+        """Ends a slot and forgets what it held. It rests until it is joined again."""
+        self._check_slot(slot)
+        return _leave(state, np.int32(slot))
+
+    def step(
+        self,
+        state: StreamState,
+        actions: Mapping[str, np.ndarray],
+        advance: Bool[np.ndarray, " S"],
+        steps: Int[np.ndarray, " S"] | int,
+    ) -> tuple[StreamState, Shown]:
+        """Makes one frame in every joined slot that `advance` marks; the others stay as they are, bit for bit.
+
+        Args:
+          actions: component -> [S, ...]; those of resting slots are ignored.
+          steps: K of each slot, or of all: a power of two up to dynamics.k_max. The call takes as many passes as the
+            largest of those that advance, and one more, which writes the frames and reads h.
+        """
+        go = np.asarray(advance)
+        if go.shape != (self.slots,) or go.dtype != bool:
+            raise ValueError(f"advance {go.dtype}{list(go.shape)}: must be one bool for each of the {self.slots} slots")
+        k = np.broadcast_to(np.asarray(steps, np.int32), (self.slots,))
+        if self._sampler is denoise:
+            k_max = self.config.dynamics.k_max
+            wrong = k[go & ((k < 1) | (k > k_max) | (k & (k - 1) != 0))]
+            if len(wrong):
+                raise ValueError(f"steps = {wrong[0]}: must be a power of two up to dynamics.k_max = {k_max}")
+        return _step(self._models, state, self._actions(actions, self.slots), go, k, sampler=self._sampler)
+
+    def warm_up(self) -> None:
+        """Compiles everything, so that the first stream waits for nothing."""
+        t, c = self.config.tokenizer, self.config
+        frames, task = np.zeros((1, t.height, t.width, 3), np.uint8), np.zeros(c.agent.task_words, np.int32)
+        state, shown = self.join(self.empty(), 0, frames, self.no_actions(1), task, 0)
+        state, shown = self.step(state, self.no_actions(self.slots), np.ones(self.slots, bool), 1)
+        jax.block_until_ready(self.leave(state, 0))
+
+    def no_actions(self, count: int) -> dict[str, np.ndarray]:
+        """Zeros in the shapes and types of `count` actions."""
+        out = {}
+        for part in self.config.actions:
+            wide = (count,) if part.kind in ("categorical", "mouse") else (count, part.size)
+            out[part.name] = np.zeros(wide, np.float32 if part.kind == "continuous" else np.int32)
+        return out
+
+    def _actions(self, actions: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        """The actions in the types that the programs were compiled for."""
+        like = self.no_actions(count)
+        if set(actions) != set(like):
+            raise ValueError(f"actions {sorted(actions)}: must be the components {sorted(like)}")
+        out = {}
+        for name, wanted in like.items():
+            value = np.asarray(actions[name])
+            if value.shape != wanted.shape:
+                raise ValueError(f"actions[{name!r}] {value.shape}: must be {wanted.shape}")
+            out[name] = value.astype(wanted.dtype)
+        return out
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot = {slot}: must be from 0 to {self.slots - 1}")
