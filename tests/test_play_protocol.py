@@ -87,7 +87,9 @@ FIELDS = st.sampled_from(sorted({f.name for kind in KINDS.values() for f in data
 ALMOST = st.fixed_dictionaries({"t": st.sampled_from(sorted(KINDS))}).flatmap(
     lambda head: st.dictionaries(FIELDS, JSON, max_size=3).map(lambda rest: json.dumps({**head, **rest}))
 )
-ANYTHING = st.text(max_size=200) | JSON.map(json.dumps) | ALMOST | st.binary(max_size=200).map(lambda b: b.decode("latin1"))
+ANYTHING = (
+    st.text(max_size=200) | JSON.map(json.dumps) | ALMOST | st.binary(max_size=200).map(lambda b: b.decode("latin1"))
+)
 
 
 def _never_crashes(text: str) -> None:

@@ -81,7 +81,13 @@ def tap(player: Player, label: str) -> None:
 def test_a_session_begins_with_a_greeting_and_the_first_frame_of_a_fresh_episode(player):
     hello = player.sink.sent[0]
     assert hello["t"] == "hello" and hello["ladder"] == [1, 2, 4, 8] and hello["policy"] is True
-    assert player.age == 0 and player.last["real"] == {"psnr": 60.0, "right": 1.0, "wrong": [], "reward": 0.0, "ended": ""}
+    assert player.age == 0 and player.last["real"] == {
+        "psnr": 60.0,
+        "right": 1.0,
+        "wrong": [],
+        "reward": 0.0,
+        "ended": "",
+    }
 
 
 def test_a_tap_makes_one_frame_with_its_action_in_dream_and_reality(player):
@@ -118,7 +124,11 @@ def test_a_held_key_repeats_after_a_while_and_stops_when_it_is_let_go(player):
 def test_running_keeps_the_rate_and_rests_on_the_idle_action(player):
     player.send(p.Rate(20.0), p.Run(True))
     player.round(2.0)
-    assert 38 <= player.age <= 42 and player.last["action"] == "move 0" and player.last["fps"] == pytest.approx(20, abs=1.5)
+    assert (
+        38 <= player.age <= 42
+        and player.last["action"] == "move 0"
+        and player.last["fps"] == pytest.approx(20, abs=1.5)
+    )
     player.send(p.Run(False))
     age = player.age
     player.round(1.0)
@@ -239,7 +249,9 @@ def test_the_real_episode_ends_and_its_last_frame_stays(player):
 
 def test_doubt_names_the_tiles_on_which_two_seeds_disagree(player):
     player.send(p.Step())
-    assert player.last["doubt"]["tiles"] == [0] and player.last["doubt"]["seeds"] > 0 == player.last["doubt"]["residual"]
+    assert (
+        player.last["doubt"]["tiles"] == [0] and player.last["doubt"]["seeds"] > 0 == player.last["doubt"]["residual"]
+    )
     player.send(p.Doubt(False), p.Step())
     player.round(0.1)
     assert player.last["doubt"] is None and not player.engine.world.batches[-1][0].doubt
@@ -261,7 +273,9 @@ def test_a_recorded_start_gives_the_frames_up_to_it(recorded, clock):
     engine = make_engine(dataset=recorded, clock=clock, live=False)
     player = Player(engine, clock)
     hello = player.sink.sent[0]
-    assert hello["levels"] == [] and len(hello["episodes"]) > 5 and hello["episodes"][0]["mission"] == "show your action"
+    assert (
+        hello["levels"] == [] and len(hello["episodes"]) > 5 and hello["episodes"][0]["mission"] == "show your action"
+    )
     number = next(i for i, e in enumerate(hello["episodes"]) if e["frames"] > 6)
     player.send(p.StartRecorded(number, 5))
     start = engine.world.starts[-1][1]
@@ -273,7 +287,8 @@ def test_a_recorded_start_gives_the_frames_up_to_it(recorded, clock):
 
 
 @pytest.mark.parametrize(
-    "message", [p.StartRecorded(9999, 0), p.StartRecorded(0, 9999), p.StartFresh(7, 0), p.Peek(9999, 0), p.Hold((99,)), p.Ack(77)]
+    "message",
+    [p.StartRecorded(9999, 0), p.StartRecorded(0, 9999), p.StartFresh(7, 0), p.Peek(9999, 0), p.Hold((99,)), p.Ack(77)],
 )
 def test_numbers_beyond_what_is_listed_end_the_session_that_sent_them_alone(recorded, clock, message):
     engine = make_engine(dataset=recorded, clock=clock)

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dreamer4_jax.config import Config
+from dreamer4_jax.data.schema import action_array
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.play.controls import Action
 from dreamer4_jax.play.protocol import ProtocolError
@@ -79,7 +80,7 @@ class LiveEnv:
         observation, reward, terminated, truncated, info = self._env.step(value)
         self.frame, self.reward = observation["image"], float(reward)
         if terminated or truncated:
-            won = info.get("success", terminated and reward > 0)
+            won = info.get("success", terminated and self.reward > 0)
             self.ended = "solved" if won else "failed" if terminated else "out of time"
 
     def rewind(self, steps: int) -> None:
@@ -133,7 +134,7 @@ class Catalogue:
             raise ProtocolError(f"level {level}: there are {len(self.levels)}")
         name = self.levels[level]
         live = LiveEnv(self._make(name), seed)
-        actions = {p.name: _none(p, 1) for p in self._config.actions}
+        actions = {p.name: action_array(p, 1) for p in self._config.actions}
         present = {p.name: np.zeros(1, bool) for p in self._config.actions}
         start = Start(live.frame[None], actions, present, live.task, f"{name}, seed {seed}", live.mission, seed)
         return start, live
@@ -185,12 +186,6 @@ class Catalogue:
                 live.close()
                 return None
         return live
-
-
-def _none(part: Any, frames: int) -> np.ndarray:
-    from dreamer4_jax.data.schema import action_array
-
-    return action_array(part, frames)
 
 
 def _episodes(data: Dataset) -> list[Episode]:

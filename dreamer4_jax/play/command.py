@@ -32,7 +32,7 @@ def make_engine(run: Any, *, slots: int) -> Any:
     from dreamer4_jax.play.world import compare_frames, open_world
 
     config = run.config
-    world = open_world(run, slots=slots)
+    world = open_world(run.dir, slots=slots)
     world.warm_up()
     try:
         data = open_dataset(run.raw_dir, config)

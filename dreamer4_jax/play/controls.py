@@ -29,7 +29,12 @@ BABYAI = (
 SPARE = tuple(
     [f"Digit{i}" for i in (*range(1, 10), 0)] + [f"Key{c}" for c in "QWEASDFGZXCVYUIOJKL"] + ["Comma", "Semicolon"]
 )
-ARROWS = (("left", "ArrowLeft", -1, 0), ("right", "ArrowRight", 1, 0), ("up", "ArrowUp", 0, -1), ("down", "ArrowDown", 0, 1))  # fmt: skip
+ARROWS = (  # label, key, x, y
+    ("left", "ArrowLeft", -1, 0),
+    ("right", "ArrowRight", 1, 0),
+    ("up", "ArrowUp", 0, -1),
+    ("down", "ArrowDown", 0, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Controls:
         turn = {part.name: np.zeros(2) for part in self.components if part.kind == "mouse"}
         for part in self.components:
             if part.kind in ("categorical", "mouse"):
-                action[part.name] = np.int32(self.idle.get(part.name, 0))
+                action[part.name] = np.asarray(self.idle.get(part.name, 0), np.int32)
             else:
                 action[part.name] = np.zeros(part.size, np.uint8 if part.kind == "binary" else np.float32)
         kinds = {part.name: part.kind for part in self.components}
@@ -68,13 +73,13 @@ class Controls:
             b = self.bindings[number]
             match kinds[b.component]:
                 case "categorical":
-                    action[b.component] = np.int32(b.index)
+                    action[b.component] = np.asarray(b.index, np.int32)
                 case "mouse":
                     turn[b.component][b.index] = b.value
                 case _:
                     action[b.component][b.index] = b.value
         for name, (dx, dy) in turn.items():
-            action[name] = np.int32(mu_law_mouse.encode(dx, dy))
+            action[name] = np.asarray(mu_law_mouse.encode(dx, dy), np.int32)
         return action
 
     def names(self, component: str) -> list[str]:
@@ -131,7 +136,9 @@ def controls(config: Config) -> Controls:
         elif part.kind == "continuous":
             for i in range(part.size):
                 for value in (-1.0, 1.0):
-                    bindings_list.append(Binding(f"{part.name} {i} {'+' if value > 0 else '−'}", key(), part.name, i, value))
+                    bindings_list.append(
+                        Binding(f"{part.name} {i} {'+' if value > 0 else '−'}", key(), part.name, i, value)
+                    )
         else:
             idle |= {part.name: 0} if part.kind == "categorical" else {}
             bindings_list += [Binding(f"{part.name} {i}", key(), part.name, i) for i in range(part.size)]

@@ -1,8 +1,8 @@
 """One thread that owns the device: the streams of all sessions in one batch, and each session's own state.
 
 The web server only passes messages: `Engine.admit`, `post` and `leave` may be called from any thread, everything else
-happens in the engine's. A session's frame is made when it is due (a key pressed, or the rate asks for it) and fewer than
-`IN_FLIGHT` of its frames are unacknowledged, so a slow page slows itself and nobody else.
+happens in the engine's. A session's frame is made when it is due (a key pressed, or the rate asks for it) and fewer
+than `IN_FLIGHT` of its frames are unacknowledged, so a slow page slows itself and nobody else.
 """
 
 import logging
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,7 +207,7 @@ class Engine:
             self.frames += len(ready)
             self.batches += 1
             for s in ready:
-                self._guard(s, lambda s=s: s.shown(views[s.slot], moves[s.slot], 1000 * spent))
+                self._guard(s, partial(s.shown, views[s.slot], moves[s.slot], 1000 * spent))
         for session in list(self._sessions.values()):
             session.tell()
             if session.lost:

@@ -27,9 +27,7 @@ class Film:
     def full(self) -> bool:
         return len(self._shots) >= MAX_FRAMES
 
-    def add(
-        self, dream: UInt8[np.ndarray, "H W 3"], real: UInt8[np.ndarray, "H W 3"] | None, caption: str
-    ) -> None:
+    def add(self, dream: UInt8[np.ndarray, "H W 3"], real: UInt8[np.ndarray, "H W 3"] | None, caption: str) -> None:
         """One more frame; `real` is None where there is no real environment."""
         self._shots.append((dream, real, caption))
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -177,7 +177,9 @@ def make_app(engine: Engine, guard: Guard, *, serve: Callable[[], None] | None =
 
     async def play(socket: WebSocket) -> None:
         headers = socket.headers
-        allowed = guard.origin(headers.get("origin"), headers.get("host")) and guard.admits(socket.scope["subprotocols"])
+        allowed = guard.origin(headers.get("origin"), headers.get("host")) and guard.admits(
+            socket.scope["subprotocols"]
+        )
         if not allowed:
             await socket.close(1008)  # before it is accepted: the handshake is answered with 403
             return
@@ -208,7 +210,7 @@ def make_app(engine: Engine, guard: Guard, *, serve: Callable[[], None] | None =
         routes=[*_page(guard), Route("/healthz", health, methods=["GET"]), WebSocketRoute("/play", play)],
         lifespan=lifespan,
     )
-    app.add_middleware(_Hosts, guard=guard)  # type: ignore[arg-type]
+    app.add_middleware(_Hosts, guard=guard)
     return app
 
 
@@ -235,10 +237,9 @@ async def _converse(socket: WebSocket, engine: Engine, session: Any, outbox: Out
 
     async def speak() -> str:
         async for payload in outbox:
-            sending: Awaitable[None]
-            sending = socket.send_text(payload) if isinstance(payload, str) else socket.send_bytes(payload)
             try:
-                await asyncio.wait_for(sending, SLOW)
+                async with asyncio.timeout(SLOW):  # not wait_for: in Python 3.11 it can swallow a cancellation
+                    await (socket.send_text(payload) if isinstance(payload, str) else socket.send_bytes(payload))
             except TimeoutError:
                 return "the page takes no messages"
         return outbox.reason
@@ -258,7 +259,8 @@ async def _converse(socket: WebSocket, engine: Engine, session: Any, outbox: Out
 async def _close(socket: WebSocket, reason: str) -> None:
     """Says why, if the client is still there to hear it."""
     try:
-        await asyncio.wait_for(socket.close(1008 if reason else 1000, reason[:120]), SLOW)
+        async with asyncio.timeout(SLOW):
+            await socket.close(1008 if reason else 1000, reason[:120])
     except (RuntimeError, WebSocketDisconnect, OSError, TimeoutError):
         log.debug("a client had gone before it was told: %s", reason)
 

@@ -105,7 +105,9 @@ class Session:
             }
         )
         if e.catalogue.levels:
-            self._open(protocol.StartFresh(self.slot % len(e.catalogue.levels), int(np.random.default_rng().integers(2**20))))
+            self._open(
+                protocol.StartFresh(self.slot % len(e.catalogue.levels), int(np.random.default_rng().integers(2**20)))
+            )
         elif e.catalogue.episodes:
             self._open(protocol.StartRecorded(0, 0))
 
@@ -179,6 +181,7 @@ class Session:
 
     def _open(self, begin: protocol.StartFresh | protocol.StartRecorded) -> None:
         """Begins a dream, beside its real environment if there is one."""
+        live: LiveEnv | None
         match begin:
             case protocol.StartFresh(level, seed):
                 start, live = self.engine.catalogue.fresh(level, seed)

@@ -1,6 +1,6 @@
 """The trained world model behind the sessions: `world.streams.Streams` with a second opinion on every frame."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from dreamer4_jax.agent.actions import ActionDistribution, distribution, logits_size
-from dreamer4_jax.config import ActionComponent
+from dreamer4_jax.config import ActionComponent, Config
+from dreamer4_jax.envs.symbols import SymbolDecoder
+from dreamer4_jax.evaluation.metrics import psnr
+from dreamer4_jax.evaluation.worldmodel import PSNR_CAP
+from dreamer4_jax.inference import load_phase, load_world, read_config
 from dreamer4_jax.play.catalogue import Start
 from dreamer4_jax.play.engine import Move, View
+from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import one_frame
 from dreamer4_jax.world.shortcut import denoise
@@ -85,10 +90,6 @@ class PlayWorld:
         frames = _second(*self._models, self._state, actions, np.ones(self.slots, np.int32))
         jax.block_until_ready(_again(self._models[0], frames))
 
-    def compiled(self) -> int:
-        """Programs of the second opinion compiled so far."""
-        return _second._cache_size() + _again._cache_size()
-
     def start(self, slot: int, start: Start) -> View:
         self._state, shown = self._streams.join(
             self._state, slot, start.frames, start.actions, start.task, start.seed, present=start.present
@@ -125,9 +126,7 @@ class PlayWorld:
         names = ("frame", "reward", "cont", "value", "action", "intention")
         return jax.device_get({name: getattr(shown, name) for name in names})
 
-    def _view(
-        self, values: dict[str, Any], slot: int, other: np.ndarray | None, again: np.ndarray | None
-    ) -> View:
+    def _view(self, values: dict[str, Any], slot: int, other: np.ndarray | None, again: np.ndarray | None) -> View:
         """One slot's part, copied: a view would keep the whole batch in memory."""
         frame = values["frame"][slot].copy()
         doubt = {
@@ -147,15 +146,11 @@ class PlayWorld:
         )
 
 
-def compare_frames(config: Any) -> Any:
+def compare_frames(config: Config) -> Callable[[np.ndarray, np.ndarray], dict[str, Any]]:
     """(dream, real) -> how far apart they are: PSNR in dB, and where tiles are symbols the share that is right."""
-    from dreamer4_jax.envs.symbols import SymbolDecoder
-    from dreamer4_jax.evaluation.metrics import psnr
-    from dreamer4_jax.evaluation.worldmodel import PSNR_CAP
-
     decoder = SymbolDecoder(config.env.tile, config.env.view) if config.env.kind == "babyai" else None
 
-    def compare(dream: Float[np.ndarray, "H W 3"], real: Float[np.ndarray, "H W 3"]) -> dict[str, Any]:
+    def compare(dream: UInt8[np.ndarray, "H W 3"], real: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
         out: dict[str, Any] = {"psnr": round(min(float(psnr(dream, real)), PSNR_CAP), 1)}
         if decoder is not None:
             wrong = decoder.decode(dream) != decoder.decode(real)
@@ -165,19 +160,13 @@ def compare_frames(config: Any) -> Any:
     return compare
 
 
-def open_world(run: Any, *, slots: int) -> PlayWorld:
+def open_world(run_dir: str | Path, *, slots: int) -> PlayWorld:
     """The newest model of a run: of its agent if that is trained, with the policy that imagination improved if there
     is one; of the world model alone otherwise."""
-    from dreamer4_jax.training.loop import model_path
-
-    def done(phase: str) -> bool:
-        return model_path(Path(run.dir), phase).is_dir()
-
-    tokenizer = run.model("tokenizer")
-    context = run.config.dynamics.transformer.window
-    if not done("agent"):
-        return PlayWorld(tokenizer, run.model("dynamics"), None, slots=slots, context=context)
-    agent = run.model("agent")
-    critic = run.model("imagination") if done("imagination") else None
-    heads = Heads(agent.reward, agent.cont, critic.policy if critic else agent.policy, critic.value if critic else None)
-    return PlayWorld(tokenizer, agent.dynamics, heads, slots=slots, context=context)
+    config = read_config(run_dir)
+    context = config.dynamics.transformer.window
+    if model_path(run_dir, "agent").is_dir():
+        world = load_world(run_dir)
+        return PlayWorld(world.tokenizer, world.agent.dynamics, world.heads, slots=slots, context=context)
+    tokenizer, dynamics = (load_phase(run_dir, config, name) for name in ("tokenizer", "dynamics"))
+    return PlayWorld(tokenizer, dynamics, None, slots=slots, context=context)

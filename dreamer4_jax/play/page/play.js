@@ -139,7 +139,7 @@ function show(s) {
     $(id).querySelector(".word").textContent = word;
   };
   mode("run", s.running, s.running ? "pause" : "run", s.running ? "Pause" : "Run");
-  mode("pilot", s.policy, "policy", s.policy ? "Take over" : "Let the policy play");
+  mode("pilot", s.policy, "policy", s.policy ? "Take over" : "Hand to the policy");
   mode("record", s.recording, s.recording ? "stop" : "record", s.recording ? "Stop" : "Record");
   $("rewind").disabled = s.rewindable < 1;
   const rung = hello.ladder.indexOf(s.k);
