@@ -6,66 +6,25 @@ import re
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
 pytest.importorskip("starlette", reason="the extra `play` is not installed")
 
-import uvicorn
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from dreamer4_jax.config import UserError
 from dreamer4_jax.play import protocol, server
-from dreamer4_jax.play.server import BURST, PAGE, Bucket, Guard, check_address, make_app
+from dreamer4_jax.play.server import BURST, PAGE, Bucket, check_address
 from tests.play_fake import FakeWorld, make_engine
-
-
-@contextmanager
-def serving(engine=None, guard=None):
-    """(port, engine) of a server in a thread, run exactly as the command runs it."""
-    engine = engine or make_engine(world=FakeWorld(slots=4), waiting=1)
-    app = make_app(engine, guard or Guard())
-    port, bound = [], threading.Event()
-    servers = []
-
-    class Kept(uvicorn.Server):
-        def __init__(self, config):
-            super().__init__(config)
-            servers.append(self)
-
-        def install_signal_handlers(self):
-            """Signals are the main thread's."""
-
-        @contextmanager
-        def capture_signals(self):
-            yield
-
-    def ready(number):
-        port.append(number)
-        bound.set()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uvicorn, "Server", Kept)
-        thread = threading.Thread(target=server.serve, args=(app, "127.0.0.1", 0), kwargs={"ready": ready})
-        thread.start()
-        assert bound.wait(20)
-        until = time.monotonic() + 20
-        while not (servers and servers[0].started):
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        try:
-            yield port[0], engine
-        finally:
-            servers[0].should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+from tests.play_serving import serving
 
 
 @pytest.fixture(scope="module")
 def served():
-    with serving() as (port, engine):
+    with serving(make_engine(world=FakeWorld(slots=4), waiting=1)) as (port, engine):
         yield port, engine
 
 
@@ -247,7 +206,7 @@ def test_remote_needs_its_flag_and_then_every_socket_its_token():
     assert check_address("127.0.0.1", 0, False).token == "" and check_address("::1", 0, False).token == ""
     guard, other = check_address("0.0.0.0", 8765, True), check_address("0.0.0.0", 8765, True)
     assert len(guard.token) >= 24 and guard.token != other.token
-    with serving(guard=guard) as (port, engine):
+    with serving(make_engine(), guard) as (port, engine):
         own, foreign = f"token.{guard.token}", f"token.{other.token}"
         for protocols in (("dreamer4",), ("dreamer4", "token."), ("dreamer4", foreign), (own,)):
             with pytest.raises(InvalidStatus):
@@ -390,7 +349,7 @@ def test_ten_thousand_bad_messages_over_sockets_leave_the_server_whole():
 
     words = ["", "{", "null", '{"t":1}', '{"t":"hold","keys":[9]}', '{"t":"ack","n":-1}', "[" * 500, '{"t":"run"}']
     rng = random.Random(0)
-    with serving() as (port, engine), Client(port) as good:
+    with serving(make_engine(world=FakeWorld(slots=4))) as (port, engine), Client(port) as good:
         good.get("frame")
         threads = threading.active_count()
         for i in range(10_000):
