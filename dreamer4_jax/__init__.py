@@ -27,4 +27,16 @@ Alignment, everywhere: index ``t`` of a sequence holds frame ``t``, the action t
 reward received *with* frame ``t``. The first frame of an episode has no action (``present`` is False) and reward 0.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["load_policy"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first asked for: the package itself imports no JAX."""
+    if name in __all__:
+        from dreamer4_jax import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

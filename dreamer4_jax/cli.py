@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, parse_overrides, preset
+from dreamer4_jax.config import Config, ConfigError, UserError, override, parse_overrides, preset
 from dreamer4_jax.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -89,20 +89,12 @@ def _open(config: Config, args: argparse.Namespace) -> "Run":
 
 def _reopen(directory: str) -> "Run":
     """An existing run, with the config it was made with."""
-    import json
-
+    from dreamer4_jax.inference import read_config
     from dreamer4_jax.parallel.bucket import on_disk
     from dreamer4_jax.runner import Run
 
-    directory = str(on_disk(directory))
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        raise UserError(f"{directory}: is no run directory (it has no config.json)")
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from error
-    return Run(from_dict(Config, tree), directory, resume=True)
+    path = on_disk(directory)
+    return Run(read_config(path), path, resume=True)
 
 
 def _cmd_run(args: argparse.Namespace) -> None:
@@ -171,10 +163,31 @@ def _cmd_report(args: argparse.Namespace) -> None:
 
 
 def _cmd_bench(args: argparse.Namespace) -> None:
-    """training and generation speed against this machine's matmul rate"""
-    from dreamer4_jax.bench import main
+    """training and generation speed against this machine's matmul rate; `generate`: the sampler of every preset"""
+    if args.part != "generate":
+        from dreamer4_jax.bench import main
 
-    main(args.out)
+        return main(args.out)
+    from dreamer4_jax import bench_generate
+
+    names = tuple(filter(None, args.presets.split(","))) or bench_generate.DEFAULT
+    try:
+        batches = tuple(int(n) for n in args.batch.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--batch {args.batch}: must be numbers, separated by commas") from error
+    accelerators = tuple(filter(None, args.aot.split(",")))
+    bench_generate.main(names, steps=args.steps, batches=batches, accelerators=accelerators, out=args.out)
+
+
+def _cmd_export(args: argparse.Namespace) -> None:
+    """a run's sampler and policy as portable programs that need JAX, and not this package"""
+    from dreamer4_jax.export import export
+    from dreamer4_jax.inference import load_world
+    from dreamer4_jax.parallel.bucket import on_disk
+
+    world = load_world(on_disk(args.run), phase=args.phase)
+    platforms = tuple(filter(None, args.platforms.split(",")))
+    print(export(world, args.out, greedy=args.greedy, dtype=args.dtype, platforms=platforms))
 
 
 def _cmd_aot(args: argparse.Namespace) -> int:
@@ -238,7 +251,19 @@ def parser() -> argparse.ArgumentParser:
     sub = add("report", _cmd_report)
     sub.add_argument("run", help="run directory")
     sub = add("bench", _cmd_bench)
+    sub.add_argument("part", nargs="?", choices=["reference", "generate"], default="reference", help="(reference)")
+    sub.add_argument("--presets", default="", help="of generate, by commas (reference,tiny,small,base)")
+    sub.add_argument("--steps", type=int, default=4, help="of generate: K (4)")
+    sub.add_argument("--batch", default="1", help="of generate: streams side by side, by commas (1)")
+    sub.add_argument("--aot", default="", metavar="TPUS", help="of generate: also estimate for these, e.g. v5e-1,v6e-1")
     sub.add_argument("--out", help="also write the figures to this JSON file")
+    sub = add("export", _cmd_export)
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--out", required=True, help="folder to make")
+    sub.add_argument("--phase", choices=["agent", "imagination"], help="whose policy (the latest that is finished)")
+    sub.add_argument("--greedy", action="store_true", help="the policy takes its most probable action")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products, instead of the config's")
+    sub.add_argument("--platforms", default="cpu,cuda,tpu", help="to run on, by commas (cpu,cuda,tpu)")
     sub = add("aot", _cmd_aot)
     sub.add_argument("experiment", help="a file of experiments/ or a preset")
     _config_arguments(sub)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dreamer4_jax.agent.heads import PolicyHead
-from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
+from dreamer4_jax.agent.model import WorldModelPolicy
 from dreamer4_jax.config import Config, UserError, override
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset, open_dataset
@@ -32,15 +32,13 @@ from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
 from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import write_report
+from dreamer4_jax.inference import finished_path, load_phase
 from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh, processes
 from dreamer4_jax.parallel.sharding import check_rows
-from dreamer4_jax.training.checkpoint import CheckpointError, load_model
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
 from dreamer4_jax.training.metrics import read_ledger, write_atomic
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
-from dreamer4_jax.world.dynamics import Dynamics
-from dreamer4_jax.world.tokenizer import Tokenizer
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
 NEEDS = {"dynamics": PHASES[:1], "diffusion": PHASES[:1], "agent": PHASES[:2], "imagination": ("tokenizer", "agent")}
@@ -182,24 +180,8 @@ class Run:
     def model(self, name: str) -> Any:
         """The EMA model of a finished phase."""
         if name not in self._models:
-            path = _finished(self.dir, name)
-            self._models[name] = load_model(path, jax.eval_shape(self._abstract[name], jax.random.key(0)))[0]
+            self._models[name] = load_phase(self.dir, self.config, name)
         return self._models[name]
-
-    @property
-    def _abstract(self) -> dict[str, Callable[[Any], Any]]:
-        c = self.config
-
-        def agent(key: Any) -> Agent:
-            return Agent(c, Dynamics(c, key), key)
-
-        return {
-            "tokenizer": lambda key: Tokenizer(c.tokenizer, key),
-            "dynamics": lambda key: Dynamics(c, key),
-            "diffusion": lambda key: Dynamics(override(c, {"dynamics.objective": "diffusion"}), key),
-            "agent": agent,
-            "imagination": lambda key: ActorCritic(c, agent(key).policy, key),
-        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -427,18 +409,10 @@ class _Stage:
         write_atomic(self._path, json.dumps(costs))
 
 
-def _finished(run_dir: Path, name: str) -> Path:
-    """Where the model of a finished phase lies."""
-    path = model_path(run_dir, name)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: phase {name!r} is not finished in this run; train it first")
-    return path
-
-
 def require_models(run_dir: Path, phase: str) -> None:
     """Raises `CheckpointError` if a phase that `phase` builds on is not finished in the run directory."""
     for name in NEEDS.get(phase, ()):
-        _finished(run_dir, name)
+        finished_path(run_dir, name)
 
 
 def checksum(model: Any) -> str:

@@ -15,7 +15,7 @@ from dreamer4_jax.config import preset, to_dict
 from dreamer4_jax.training.loop import model_path
 from tests.toy_env import write_toy_dataset
 
-COMMANDS = ("run", "collect", "train", "evaluate", "generate", "report", "bench")
+COMMANDS = ("run", "collect", "train", "evaluate", "generate", "report", "bench", "export")
 # A world of 16 x 16 pixels over the toy dataset's actions and tasks.
 TOY = [
     'actions=[{"name": "move", "kind": "categorical", "size": 5}]',

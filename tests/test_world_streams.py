@@ -206,7 +206,7 @@ def test_shorter_contexts_see_no_filling_and_longer_ones_their_end(batch):
     )
     assert np.any(without.h[0] != end.h[0])
     # One frame of context: its read-out is that of a frame alone, with an action that is not there.
-    tokenizer, dynamics, _ = batch._models
+    tokenizer, dynamics, _ = batch.models
     _, one = batch.join(batch.empty(), 0, frames[:1], {"move": actions["move"][:1]}, task, seed)
     write = jax.random.split(jax.random.key(np.uint32(seed)))[1]
     z, tau, d = shortcut.settle(dynamics, jnp.repeat(tokenizer.encode(frames[None, :1]), CONTEXT, axis=1), write)

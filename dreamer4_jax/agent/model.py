@@ -50,8 +50,18 @@ class _Memory:
     actions: dict[str, Array]  # the last actions, [E, ...]
 
 
-@partial(jax.jit, static_argnames="greedy", donate_argnums=3)
-def _act(
+def empty_memory(tokenizer: Tokenizer, dynamics: Dynamics, streams: int) -> _Memory:
+    """What is remembered of `streams` streams before their first frame."""
+    actions = {}
+    for part in dynamics.cfg.actions:
+        # The types that the policy's distributions draw, or the second decision would compile again.
+        dtype = {"binary": jnp.uint8, "continuous": jnp.float32}.get(part.kind, jnp.int32)
+        single = part.kind in ("categorical", "mouse")
+        actions[part.name] = jnp.zeros((streams,) if single else (streams, part.size), dtype)
+    return _Memory(tokenizer.init_cache(streams), dynamics.init_cache(streams), actions)
+
+
+def decide(
     tokenizer: Tokenizer,
     dynamics: Dynamics,
     policy: PolicyHead,
@@ -63,6 +73,7 @@ def _act(
     *,
     greedy: bool,
 ) -> tuple[dict[str, Array], _Memory]:
+    """The next actions of streams that see `images`; those that are `starting` have forgotten what they saw before."""
     noise, draw = jax.random.split(key)
     z, seen = tokenizer.encode_stream(images[:, None], reset_streams(memory.tokenizer, starting))
     led = Actions(
@@ -75,6 +86,9 @@ def _act(
     chosen = policy.next(h[:, 0])
     actions = chosen.mode() if greedy else chosen.sample(draw)
     return actions, _Memory(seen, cache, actions)
+
+
+_act = jax.jit(decide, static_argnames="greedy", donate_argnums=3)
 
 
 class WorldModelPolicy:
@@ -102,14 +116,7 @@ class WorldModelPolicy:
         """Streams that begin a new episode with the next `act`."""
         if self._memory is None:
             tokenizer, dynamics, _ = self._models
-            count = len(starting)
-            actions = {}
-            for part in dynamics.cfg.actions:
-                # The types that the policy's distributions draw, or the second decision would compile again.
-                dtype = {"binary": jnp.uint8, "continuous": jnp.float32}.get(part.kind, jnp.int32)
-                single = part.kind in ("categorical", "mouse")
-                actions[part.name] = jnp.zeros((count,) if single else (count, part.size), dtype)
-            memory = _Memory(tokenizer.init_cache(count), dynamics.init_cache(count), actions)
+            memory = empty_memory(tokenizer, dynamics, len(starting))
             # Bound to a device as what `_act` returns is, or the second decision would compile again.
             self._memory = jax.device_put(memory, jax.local_devices()[0])
         before = np.zeros_like(starting) if self._starting is None else self._starting

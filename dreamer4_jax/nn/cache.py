@@ -47,14 +47,15 @@ def reset(cache: Cache, streams: Bool[Array, " B"]) -> Cache:
     return Cache(cache.k, cache.v, pos, jnp.where(streams, 0, cache.next))
 
 
-def put(cache: Cache, stream: Int[Array, ""], one: Cache) -> Cache:
-    """The history of `one`, a cache of a single stream, becomes that of stream number `stream`."""
-
-    def at(whole: Array, part: Array, axis: int) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, stream, axis)
-
-    pos, after = at(cache.pos, one.pos, 0), at(cache.next, one.next, 0)
-    return Cache(at(cache.k, one.k, 1), at(cache.v, one.v, 1), pos, after)
+def put(cache: Cache, streams: Int[Array, " R"], some: Cache) -> Cache:
+    """The histories of `some`, a cache of R streams, become those of the streams with the given numbers; a number
+    beyond the last stream is dropped."""
+    pairs = ((cache.k, some.k), (cache.v, some.v))
+    k, v = (constrain(whole.at[:, streams].set(part, mode="drop"), *CACHE) for whole, part in pairs)
+    pos, after = (
+        whole.at[streams].set(part, mode="drop") for whole, part in ((cache.pos, some.pos), (cache.next, some.next))
+    )
+    return Cache(k, v, pos, after)
 
 
 def write(

@@ -19,6 +19,7 @@ from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from dreamer4_jax.training.state import TrainState, init_state, make_train_step
 from dreamer4_jax.world.dynamics import Actions, Dynamics
+from dreamer4_jax.world.precision import cast_once
 from dreamer4_jax.world.shortcut import next_frame
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
@@ -175,13 +176,8 @@ def generated_frame(config: Config, *, rows: int = 1, steps: int = 4, mesh: Mesh
 
     Weights are in the compute dtype: they are cast once, not per frame.
     """
-    dtype = jnp.dtype(config.dynamics.transformer.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def cast(model: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, model)
-
-    model, cache = jax.eval_shape(lambda k: (cast(Dynamics(config, k)), Dynamics(config, k).init_cache(rows)), key)
+    model, cache = jax.eval_shape(lambda k: (cast_once(Dynamics(config, k)), Dynamics(config, k).init_cache(rows)), key)
     actions, k = abstract_actions(config, rows, 1), jax.ShapeDtypeStruct((), jnp.int32)
     t = config.tokenizer
     last = jax.ShapeDtypeStruct((rows, 1, t.tokens, t.token_channels), jnp.float32)

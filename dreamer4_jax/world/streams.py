@@ -119,7 +119,7 @@ def _keys(state: StreamState) -> tuple[Array, Array, Array]:
     return split[:, 0], split[:, 1], split[:, 2]
 
 
-def _show(heads: Heads, state: StreamState) -> Shown:
+def show(heads: Heads, state: StreamState) -> Shown:
     coming = heads.policy(state.h)  # [S, M]
     now = jax.tree.map(lambda x: x[:, 0], coming)
     drawn = jax.vmap(lambda part, key: part.sample(key))(now, _keys(state)[2])
@@ -138,44 +138,47 @@ def _show(heads: Heads, state: StreamState) -> Shown:
     )
 
 
-@partial(jax.jit, donate_argnums=1)
-def _join(
+def join_slots(
     models: Models,
     state: StreamState,
-    slot: Int[Array, ""],
-    frames: UInt8[Array, "T Y X 3"],
+    slots: Int[Array, " R"],
+    frames: UInt8[Array, "R T Y X 3"],
     actions: Actions,
-    count: Int[Array, ""],
-    task: Int[Array, " words"],
+    count: Int[Array, " R"],
+    task: Int[Array, "R words"],
     seed: Array,
 ) -> tuple[StreamState, Shown]:
-    """Only the last `count` frames are context; those before them are filling, an episode of its own."""
-    tokenizer, dynamics, heads = models
-    total = len(frames)
-    segments = (jnp.arange(total) >= total - count).astype(jnp.int32)[None]
-    stream, write = jax.random.split(jax.random.key(seed))
-    z = tokenizer.encode(frames[None], segments=segments)
-    words = jnp.broadcast_to(task, (1, total, *task.shape))
-    led = jax.tree.map(lambda x: x[None], actions)
-    cache, h = observe(dynamics, dynamics.init_cache(1), z, led, write, task=words, segments=segments)
-    assert h is not None
-    video, decoder = tokenizer.decode_after(tokenizer.init_cache(1).decoder, z, segments=segments)
+    """R slots begin streams; a slot number beyond the last is dropped.
 
-    def put(whole: Array, one: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype), slot, 0)
+    Args:
+      count: of the T frames only the last `count` are context; those before them are filling, an episode of its own.
+      seed: uint32 [R].
+    """
+    tokenizer, dynamics, heads = models
+    rows, total = frames.shape[:2]
+    segments = (jnp.arange(total) >= total - count[:, None]).astype(jnp.int32)
+    keys = jax.vmap(lambda s: jax.random.split(jax.random.key(s)))(seed)
+    z = tokenizer.encode(frames, segments=segments)
+    words = jnp.broadcast_to(task[:, None], (rows, total, task.shape[-1]))
+    cache, h = observe(dynamics, dynamics.init_cache(rows), z, actions, keys[:, 1], task=words, segments=segments)
+    assert h is not None
+    video, decoder = tokenizer.decode_after(tokenizer.init_cache(rows).decoder, z, segments=segments)
+
+    def put(whole: Array, part: Any) -> Array:
+        return whole.at[slots].set(part, mode="drop")
 
     state = StreamState(
-        cache=ring.put(state.cache, slot, cache),
-        decoder=ring.put(state.decoder, slot, decoder),
-        z=put(state.z, z[0, -1]),
-        h=put(state.h, h[0, -1]),
-        frame=put(state.frame, to_bytes(video[0, -1])),
+        cache=ring.put(state.cache, slots, cache),
+        decoder=ring.put(state.decoder, slots, decoder),
+        z=put(state.z, z[:, -1]),
+        h=put(state.h, h[:, -1]),
+        frame=put(state.frame, to_bytes(video[:, -1])),
         task=put(state.task, task),
-        key=state.key.at[slot].set(stream),
-        age=put(state.age, jnp.int32(0)),
-        active=put(state.active, jnp.bool_(True)),
+        key=put(state.key, keys[:, 0]),
+        age=put(state.age, 0),
+        active=put(state.active, True),
     )
-    return state, _show(heads, state)
+    return state, show(heads, state)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -198,8 +201,7 @@ def _leave(state: StreamState, slot: Int[Array, ""]) -> StreamState:
     )
 
 
-@partial(jax.jit, donate_argnums=1, static_argnames="sampler")
-def _step(
+def step_slots(
     models: Models,
     state: StreamState,
     actions: dict[str, Array],
@@ -208,6 +210,8 @@ def _step(
     *,
     sampler: Sampler,
 ) -> tuple[StreamState, Shown]:
+    """One frame in every active slot that `advance` marks, in as many passes as the largest of their `steps`, and one
+    that writes the frames and reads h."""
     tokenizer, dynamics, heads = models
     go = advance & state.active
     noise, write, _ = _keys(state)
@@ -232,7 +236,11 @@ def _step(
         age=state.age + go,
         active=state.active,
     )
-    return state, _show(heads, state)
+    return state, show(heads, state)
+
+
+_join = jax.jit(join_slots, donate_argnums=1)
+_step = jax.jit(step_slots, donate_argnums=1, static_argnames="sampler")
 
 
 class Streams:
@@ -266,12 +274,12 @@ class Streams:
         models = cast_once(tokenizer, dtype), cast_once(dynamics, dtype), heads
         # Bound to a device from the start, as everything is that a jitted function returns: one program, not two.
         self._device = jax.local_devices()[0]
-        self._models: Models = jax.device_put(models, self._device)
+        self.models: Models = jax.device_put(models, self._device)
         self._sampler = sampler
 
     def empty(self) -> StreamState:
         """The state in which no slot has been joined."""
-        tokenizer, dynamics, _ = self._models
+        tokenizer, dynamics, _ = self.models
         c, s = self.config, self.slots
         t = c.tokenizer
         state = StreamState(
@@ -327,15 +335,22 @@ class Streams:
             flags = np.asarray(present[name], bool)
             if flags.shape != (length,):
                 raise ValueError(f"present[{name!r}] {flags.shape}: must be one bool for each of the {length} frames")
-            there[name] = fixed(flags)
+            there[name] = fixed(flags)[None]
         words = np.asarray(task, np.int32)
         if words.shape != (self.config.agent.task_words,):
             raise ValueError(
                 f"task {words.shape}: must have agent.task_words = {self.config.agent.task_words} word ids"
             )
-        led: Any = Actions({name: fixed(value) for name, value in given.items()}, there)  # type: ignore[misc,arg-type]
+        led = Actions({name: fixed(value)[None] for name, value in given.items()}, there)  # type: ignore[misc,arg-type]
         return _join(
-            self._models, state, np.int32(slot), fixed(frames), led, np.int32(count), words, np.uint32(seed % 2**32)
+            self.models,
+            state,
+            np.array([slot], np.int32),
+            fixed(frames)[None],
+            led,
+            np.array([count], np.int32),
+            words[None],
+            np.array([seed % 2**32], np.uint32),
         )
 
     def leave(self, state: StreamState, slot: int) -> StreamState:
@@ -366,7 +381,7 @@ class Streams:
             wrong = k[go & ((k < 1) | (k > k_max) | (k & (k - 1) != 0))]
             if len(wrong):
                 raise ValueError(f"steps = {wrong[0]}: must be a power of two up to dynamics.k_max = {k_max}")
-        return _step(self._models, state, self._actions(actions, self.slots), go, k, sampler=self._sampler)
+        return _step(self.models, state, self._actions(actions, self.slots), go, k, sampler=self._sampler)
 
     def warm_up(self) -> None:
         """Compiles everything, so that the first stream waits for nothing."""
