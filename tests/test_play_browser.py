@@ -190,24 +190,23 @@ def test_uncertainty_and_drift_are_shown_for_every_frame(player):
 def test_the_page_fits_and_is_drawn_in_its_colours(served, browser, tmp_path, size, scheme):
     touch = size is PHONE
     player = Player(browser, served[0], viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
-    page = player.page
-    if touch:
-        page.locator("#pad button", has_text="forward").tap()
-    else:
-        page.locator("#pad button", has_text="forward").click()
-    expect(player.note).to_contain_text("frame 1 · you: forward")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, paper[4:-1].split(","))) > 600) == (scheme == "light")
-    for name in ("run", "step", "rewind", "reset", "pilot", "record", "new"):
-        box = page.locator(f"#{name}").bounding_box()
-        assert box["height"] >= (40 if touch else 28) and box["x"] >= 0 and box["x"] + box["width"] <= size["width"], (
-            name
-        )
-    shot = tmp_path / f"{scheme}.png"
-    page.screenshot(path=shot, full_page=True)
-    assert shot.stat().st_size > 20_000
-    player.context.close()
+    try:
+        page = player.page
+        forward = page.locator("#pad button", has_text="forward")
+        forward.tap() if touch else forward.click()
+        expect(player.note).to_contain_text("frame 1 · you: forward")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, paper[4:-1].split(","))) > 600) == (scheme == "light")
+        for name in ("run", "step", "rewind", "reset", "pilot", "record", "new"):
+            box = page.locator(f"#{name}").bounding_box()
+            assert box["height"] >= (40 if touch else 28), name
+            assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"], name
+        shot = tmp_path / f"{scheme}.png"
+        page.screenshot(path=shot, full_page=True)
+        assert shot.stat().st_size > 20_000
+    finally:
+        player.context.close()
     assert not player.wrong
 
 

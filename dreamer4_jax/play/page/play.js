@@ -139,7 +139,7 @@ function show(s) {
     $(id).querySelector(".word").textContent = word;
   };
   mode("run", s.running, s.running ? "pause" : "run", s.running ? "Pause" : "Run");
-  mode("pilot", s.policy, "policy", s.policy ? "Take over" : "Hand to the policy");
+  mode("pilot", s.policy, "policy", s.policy ? "Take over" : "Hand over");
   mode("record", s.recording, s.recording ? "stop" : "record", s.recording ? "Stop" : "Record");
   $("rewind").disabled = s.rewindable < 1;
   const rung = hello.ladder.indexOf(s.k);
@@ -178,7 +178,7 @@ async function frame(header, parts) {
 }
 
 function expectations(header) {
-  const text = (v, digits) => (v === null ? "—" : v.toFixed(digits));
+  const text = (v, digits) => (v === null ? "—" : Math.abs(v) < 1e4 ? v.toFixed(digits) : v.toExponential(1));
   $("reward").textContent = text(header.reward, 2);
   $("value").textContent = text(header.value, 2);
   $("cont").textContent = header.cont === null ? "—" : `${(100 * header.cont).toFixed(0)} %`;
