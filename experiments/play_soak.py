@@ -5,7 +5,7 @@
 Starts `dreamer4 play RUN` as a process of its own. Each client connects, starts a fresh or a recorded episode, plays
 step by step or hands over to the policy, at a random K, for 10 to 80 frames, leaves (every third without a farewell),
 and comes again. Measured of the server: its resident memory (Linux), what JAX compiled after it said that it was ready,
-and frames a second; of the clients: from a step that was asked for to its frame.
+and frames a second; of the clients: from a step that was asked for to its frame. Ctrl-C ends it early.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,10 @@ class Tally:
         self.wanted, self.frames, self.joins = wanted, 0, 0
         self.latency: list[float] = []
         self.memory: list[tuple[int, float]] = []  # (frames, MiB)
+
+    def stop(self) -> None:
+        """Ends it early; what has been measured is reported."""
+        self.wanted = self.frames
 
 
 def resident(pid: int) -> float:
@@ -71,7 +76,9 @@ async def client(number: int, port: int, tally: Tally, seed: int) -> None:
                             await say("ack", n=header["n"])
                             return header
 
-            hello = json.loads(await socket.recv())
+            hello: dict[str, Any] = {"t": ""}
+            while hello["t"] != "hello":  # it may have to wait for the slot of one who has just left
+                hello = json.loads(await asyncio.wait_for(socket.recv(), 120))
             await frame()
             if hello["episodes"] and rng.random() < 0.5:
                 episode = rng.randrange(len(hello["episodes"]))
@@ -132,6 +139,7 @@ def soak(run: str, *, frames: int, clients: int, seed: int = 0, progress: bool =
 
         async def everything() -> Tally:
             tally = Tally(frames)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, tally.stop)
             watching = asyncio.create_task(watch(server.pid, tally, progress))
             await asyncio.gather(*(client(i, port, tally, seed) for i in range(clients)))
             await watching

@@ -9,7 +9,7 @@ import pytest
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.play import protocol as p
 from dreamer4_jax.play.engine import Engine, Full
-from dreamer4_jax.play.session import IN_FLIGHT, REPEAT, STALL, Session
+from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, Session
 from tests.play_fake import Clock, FakeSink, FakeWorld, make_engine
 from tests.toy_env import frame_action, frame_step, write_toy_dataset
 
@@ -323,6 +323,17 @@ def test_slots_are_given_in_turn_and_the_queue_is_bounded(engine, clock):
         engine.leave(player.session)  # twice is once
     third.round()
     assert engine.admitted == 1 and len(engine.world.streams) == 1
+
+
+def test_an_idle_place_goes_to_one_who_waits_and_is_kept_while_nobody_does(engine, clock):
+    idle, busy = Player(engine, clock), Player(engine, clock)
+    clock.now += 2 * IDLE
+    busy.send(p.Step())
+    assert idle.sink.closed is None
+    third = Player(engine, clock)
+    assert "somebody waits" in idle.sink.closed and busy.sink.closed is None
+    third.round()
+    assert third.sink.frames()
 
 
 def test_a_message_of_one_who_waits_ends_the_wait(engine, clock):

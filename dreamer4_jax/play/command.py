@@ -72,7 +72,10 @@ def main(args: argparse.Namespace, open_run: Callable[[str], Any]) -> int:
         token = f"/#token={guard.token}" if guard.token else "/"
         console.print(f"[bold]play at[/bold] http://{host}:{port}{token}   (Ctrl-C ends it)", soft_wrap=True)
 
-    serve(make_app(engine, guard), args.host, args.port, ready=ready)
+    try:
+        serve(make_app(engine, guard), args.host, args.port, ready=ready)
+    except KeyboardInterrupt:  # the way to end it; the server has closed every session by now
+        console.print("ended")
     if engine.error is not None:
         raise engine.error
     return 0

@@ -120,7 +120,7 @@ class Engine:
         self.error: BaseException | None = None
         self._capacity = world.slots + waiting
         self._admitted, self._lock = 0, threading.Lock()
-        self._inbox: queue.Queue[tuple[Session, Message | str]] = queue.Queue(INBOX)
+        self._inbox: queue.Queue[tuple[Session, Message | str]] = queue.Queue()
         self._free = list(range(world.slots))
         self._waiting: deque[Session] = deque()
         self._sessions: dict[int, Session] = {}
@@ -142,10 +142,9 @@ class Engine:
 
     def post(self, session: Session, message: Message) -> bool:
         """Hands over a message; False if too many wait already."""
-        try:
-            self._inbox.put_nowait((session, message))
-        except queue.Full:
+        if self._inbox.qsize() >= INBOX:  # comings and goings always find a place
             return False
+        self._inbox.put((session, message))
         return True
 
     def leave(self, session: Session) -> None:
@@ -197,6 +196,8 @@ class Engine:
         for session in list(self._sessions.values()):
             if session.stalled(now):
                 self._drop(session, "the page takes no frames")
+            elif self._waiting and session.idle(now):
+                self._drop(session, "nothing was done for a while, and somebody waits for the place")
         at = {session: session.due() for session in self._sessions.values()}
         ready = [s for s, when in at.items() if when is not None and when <= now + TOGETHER]
         if ready:

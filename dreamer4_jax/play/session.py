@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 3  # frames that a page may leave unacknowledged
 STALL = 20.0  # seconds without an acknowledgement after which a client is dropped
+IDLE = 180.0  # seconds without a word of the person after which somebody who waits gets the place
 REPEAT = 0.25  # seconds after which a held key repeats, while not running
 FASTEST = 1 / 60  # seconds between two frames at least
 TAPS = 4  # key presses that are kept while frames are made
@@ -64,7 +65,7 @@ class Session:
         self._asked = 0  # single steps
         self._next = self._repeat = 0.0
         self._sent = self._acked = 0
-        self._heard = engine.clock()
+        self._heard = self._touched = engine.clock()
         self._start: Start | None = None
         self._begin: protocol.StartFresh | protocol.StartRecorded | None = None
         self._live: LiveEnv | None = None
@@ -91,6 +92,7 @@ class Session:
     def greet(self) -> None:
         """The client has a slot: what the page needs to know, and a first dream."""
         e = self.engine
+        self._touched = e.clock()
         ladder = [2**i for i in range(e.world.k_max.bit_length())]
         self.send(
             {
@@ -136,6 +138,8 @@ class Session:
         p, now = protocol, self.engine.clock()
         if self.slot < 0:
             raise ProtocolError("a message before the greeting")
+        if not isinstance(message, p.Ack):
+            self._touched = now
         if not isinstance(message, p.Ack | p.Peek):
             self._changed = True
         match message:
@@ -252,6 +256,10 @@ class Session:
     def stalled(self, now: float) -> bool:
         """Whether the page has left a frame unacknowledged for too long."""
         return self._acked < self._sent and now - self._heard > STALL
+
+    def idle(self, now: float) -> bool:
+        """Whether nobody seems to be there."""
+        return now - self._touched > IDLE
 
     def due(self) -> float | None:
         """When the next frame is to be made; None while nothing asks for one, or the page is behind."""
