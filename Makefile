@@ -17,7 +17,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589
 RUN_FLAGS = $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(SEED),--seed=$(SEED)) $(if $(RUN),--run=$(RUN)) \
   $(if $(filter-out 0,$(RESUME)),--resume) $(if $(DATA),data.source="$(DATA)")
 
-.PHONY: help install test test-slow lint format typecheck quickstart quickstart-seeds quickstart-full bench constraints clean
+.PHONY: help install test test-slow lint format typecheck quickstart quickstart-seeds quickstart-full bench play constraints clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -62,6 +62,9 @@ quickstart-full: $(READY) ## The longer quickstart, at most 90 minutes on 2 core
 
 bench: $(READY) ## Measure training and generation speed against this machine's matmul rate (OUT=file keeps the figures)
 	$(BIN)/dreamer4 bench $(if $(OUT),--out $(OUT))
+
+play: $(READY) ## Play in the quickstart's world model in a browser (RUN=directory: another run's; PORT=n)
+	$(BIN)/dreamer4 play $(or $(RUN),runs/quickstart-seed$(or $(SEED),0)) $(if $(PORT),--port $(PORT))
 
 constraints: ## Renew constraints.txt from the newest releases that pyproject.toml allows
 	rm -rf build/constraints

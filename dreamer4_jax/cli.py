@@ -149,6 +149,13 @@ def _cmd_generate(args: argparse.Namespace) -> None:
     print(out)
 
 
+def _cmd_play(args: argparse.Namespace) -> int:
+    """a page in the browser on which people play in a run's world model"""
+    from dreamer4_jax.play.command import main
+
+    return main(args, _reopen)
+
+
 def _cmd_report(args: argparse.Namespace) -> None:
     """write report.html and results.json of a run, finished or not; of `experiments`: the page of all their results"""
     if args.run == "experiments":
@@ -220,6 +227,7 @@ def _cmd_data(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from dreamer4_jax import aot_cli, data_cli
+    from dreamer4_jax.play.command import add_arguments as add_play_arguments
     from launch.cli import add_arguments
 
     top = argparse.ArgumentParser(prog="dreamer4", description="Dreamer 4 in JAX: world models and agents inside them.")
@@ -253,6 +261,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--clips", type=int, default=4, help="held-out clips (4)")
     sub.add_argument("--out", help="file to write (<run>/media/...)")
     data_cli.add_arguments(add("data", _cmd_data))
+    add_play_arguments(add("play", _cmd_play))
     sub = add("report", _cmd_report)
     sub.add_argument("run", help="run directory, or `experiments`")
     sub = add("bench", _cmd_bench)
