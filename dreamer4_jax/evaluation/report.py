@@ -271,15 +271,19 @@ def _steps(data: Mapping[str, Any]) -> str | None:
                 (
                     f"<b>{_text(m['name'])}</b>" if i == 0 else "",
                     _number(r["steps"]),
-                    _interval(r.get("symbol_accuracy"), 100),
-                    _interval(r.get("changed_accuracy"), 100, 1),
+                    *(
+                        (_interval(r.get(f"{n}_accuracy"), 100, d) for n, d in (("symbol", 2), ("changed", 1)))
+                        if symbols
+                        else ()
+                    ),
                     _interval(r.get("psnr")),
                     _interval(r.get("ssim"), 1, 3),
                     _number(r.get("milliseconds")),
                     _interval(r.get("minus_largest"), scale, 2, signed=True),
                 )
             )
-    head = ("Model", "K", "Symbols %", "Changed %", "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
+    tiles = ("Symbols %", "Changed %") if symbols else ()
+    head = ("Model", "K", *tiles, "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
     device = f"Time on {_text(s['device'])}. " if s.get("device") else ""
     note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over clips, the last column paired."
     return f"<div class=charts>{''.join(charts)}</div>" + _table(head, rows, note)
