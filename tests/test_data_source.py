@@ -64,6 +64,7 @@ def finished(videos, tmp_path_factory):
     return directory, Run(own(videos), directory, progress=False).all()
 
 
+@pytest.mark.slow
 def test_plain_videos_become_a_world_model(finished, capsys):
     directory, data = finished
     assert (directory / "checkpoints/dynamics/model").is_dir() and not (directory / "checkpoints/agent").exists()
@@ -86,6 +87,7 @@ def test_plain_videos_become_a_world_model(finished, capsys):
     assert (directory / "clip.webp").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_repeating_the_last_frame_is_scored_as_what_it_is(finished):
     directory, data = finished
     run = Run(own(json.loads((directory / "config.json").read_text())["data"]["source"]), directory, resume=True)
@@ -138,6 +140,7 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.slow
 def test_tokens_are_made_ahead_and_belong_to_their_tokenizer(finished, tmp_path, capsys):
     directory, _ = finished
     frames, tokens = directory / "data/frames", tmp_path / "tokens"

@@ -264,6 +264,7 @@ def _steps(data: Mapping[str, Any]) -> str | None:
         _chart(plots.latency_figure(models), "time per frame against sampling steps"),
     ]
     scale, unit = (100, "points") if symbols else (1, "dB")
+    tiles = {"Symbols %": ("symbol_accuracy", 2), "Changed %": ("changed_accuracy", 1)} if symbols else {}
     rows = []
     for m in models:
         for i, r in enumerate(m["rows"]):
@@ -271,18 +272,13 @@ def _steps(data: Mapping[str, Any]) -> str | None:
                 (
                     f"<b>{_text(m['name'])}</b>" if i == 0 else "",
                     _number(r["steps"]),
-                    *(
-                        (_interval(r.get(f"{n}_accuracy"), 100, d) for n, d in (("symbol", 2), ("changed", 1)))
-                        if symbols
-                        else ()
-                    ),
+                    *(_interval(r.get(name), 100, digits) for name, digits in tiles.values()),
                     _interval(r.get("psnr")),
                     _interval(r.get("ssim"), 1, 3),
                     _number(r.get("milliseconds")),
                     _interval(r.get("minus_largest"), scale, 2, signed=True),
                 )
             )
-    tiles = ("Symbols %", "Changed %") if symbols else ()
     head = ("Model", "K", *tiles, "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
     device = f"Time on {_text(s['device'])}. " if s.get("device") else ""
     note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over clips, the last column paired."
