@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--every", type=int, default=1, help="take every n-th frame (1)")
     sub.add_argument("--holdout", type=float, default=0.05, help="share that is never trained on (0.05)")
     sub.add_argument("--alignment", default="", choices=("taken", "led"),
-                     help="a row's action was taken at its frame, or led to it (what is usual for the format)")  # fmt: skip
+                     help="a row's action was taken at its frame, or led to it (the format's usual)")  # fmt: skip
     sub.add_argument("--actions", default="", metavar="SPEC",
                      help="components, as move:categorical:7,keys:binary:4 (inferred from the values)")  # fmt: skip
     sub.add_argument("--camera", default="", help="which picture, where there are several")

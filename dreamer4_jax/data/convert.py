@@ -181,11 +181,12 @@ def divide(
 
 
 def _fill(pieces: list[Sized], shard: int) -> list[list[Sized]]:
-    """Pieces in order, packed into shards of about `shard` frames."""
+    """Pieces in order, packed into shards of at least `shard` frames: of each, what is left over behind the last whole
+    chunk is lost."""
     out: list[list[Sized]] = [[]]
     filled = 0
     for piece, frames in pieces:
-        if filled and filled + frames > shard:
+        if filled >= shard:
             out.append([])
             filled = 0
         out[-1].append((piece, frames))

@@ -19,7 +19,7 @@ from dreamer4_jax.data.store import Dataset, open_dataset
 
 READ = 512  # chunks that are read at most; a converted dataset was counted as a whole when it was made
 SHEET = (4, 10)  # rows and columns of the contact sheet; a row is one chunk
-SHOWN = 24  # classes or keys named in a chart
+SHOWN = 16  # up to so many classes or keys are numbered one by one in a chart
 INK, FAINT, BAR = "#1b1f24", "#8a939e", "#1f6fc2"
 
 
@@ -100,7 +100,7 @@ def table(found: Findings) -> Table:
     """The numbers, for a terminal."""
     data, stats = found.dataset, found.stats
     out = Table(title=str(data.directory), show_header=False)
-    lengths = np.asarray(stats["lengths"] or [0])
+    lengths = np.asarray(stats["lengths"])
     steps = max(1, stats["frames"] - stats["episodes"])
     fps = data.manifest.get("fps")
 
@@ -115,12 +115,13 @@ def table(found: Findings) -> Table:
         row("counted below", f"{found.read} chunks, {stats['frames']:,} frames")
     row("episodes", f"{stats['episodes']:,} begin, {stats['whole']:,} end, {stats['terminal']:,} of them in a terminal "
         "state")  # fmt: skip
-    row("whole episodes", f"{lengths.min():,} to {lengths.max():,} frames, median {int(np.median(lengths)):,}")
+    if len(lengths):
+        row("whole episodes", f"{lengths.min():,} to {lengths.max():,} frames, median {int(np.median(lengths)):,}")
     row("rewards", f"{stats['rewarded']:,} frames above 0 ({100 * stats['rewarded'] / max(1, stats['frames']):.2f} %), "
         f"sum {stats['reward']:,.6g}")  # fmt: skip
     for c in data.spec.actions:
         share = 100 * stats["present"][c.name] / steps
-        row(f"action {c.name}", f"{c.kind} ({c.size}), given for {share:.1f} % of the steps{_most(c, stats)}")
+        row(_named(c), f"{c.kind} ({c.size}), given for {share:.1f} % of the steps{_most(c, stats)}")
     names = data.manifest.get("tasks", ())
     if names:
         told = sum(n for i, n in stats["tasks"].items() if int(i) > 0)
@@ -128,6 +129,10 @@ def table(found: Findings) -> Table:
             f"{100 * told / max(1, stats['frames']):.1f} % of the frames have one")  # fmt: skip
     row("what looks wrong", "\n".join(f"- {line}" for line in found.wrong) or "nothing")
     return out
+
+
+def _named(c: ActionComponent) -> str:
+    return c.name if c.name == "action" else f"action {c.name}"
 
 
 def _most(c: ActionComponent, stats: Mapping[str, Any]) -> str:
@@ -148,7 +153,8 @@ def picture(found: Findings) -> bytes:
     lines = -(-charts // per_line)
     text = [line for w in found.wrong or ["nothing"] for line in textwrap.wrap(f"• {w}", 130, subsequent_indent="   ")]
     tile = 1.15
-    heights = [rows * (tile + 0.28), *[2.3] * lines, 0.5 + 0.21 * len(text)]
+    h, w = found.dataset.spec.size
+    heights = [rows * (tile * h / w + 0.28), *[2.3] * lines, 0.5 + 0.21 * len(text)]
     figure = Figure(figsize=(columns * tile + 0.4, sum(heights) + 0.5), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{found.dataset.directory.name}: {sum(map(found.dataset.frames, found.dataset.splits)):,} frames",
@@ -173,8 +179,11 @@ def picture(found: Findings) -> bytes:
             for side in ("top", "right"):
                 ax.spines[side].set_visible(False)
             if kind == "lengths":
-                ax.hist(stats["lengths"] or [0], bins=20, color=BAR)
                 ax.set_title("frames of whole episodes", fontsize=9, color=INK)
+                if stats["lengths"]:
+                    ax.hist(stats["lengths"], bins=20, color=BAR)
+                else:
+                    _empty(ax, "none is whole")
             elif kind == "labels":
                 _labels(ax, found)
             elif component is not None:
@@ -185,11 +194,16 @@ def picture(found: Findings) -> bytes:
     return out.getvalue()
 
 
+def _empty(ax: Any, text: str) -> None:
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=FAINT, transform=ax.transAxes)
+    ax.set_axis_off()
+
+
 def _labels(ax: Any, found: Findings) -> None:
     """Shares of the frames that have an action, a reward, a task."""
     stats = found.stats
     frames, steps = max(1, stats["frames"]), max(1, stats["frames"] - stats["episodes"])
-    shares = {f"action {c.name}"[:18]: stats["present"][c.name] / steps for c in found.dataset.spec.actions[:5]}
+    shares = {_named(c)[:18]: stats["present"][c.name] / steps for c in found.dataset.spec.actions[:5]}
     shares |= {
         "reward above 0": stats["rewarded"] / frames,
         "a task": sum(n for i, n in stats["tasks"].items() if int(i) > 0) / frames,
@@ -206,13 +220,13 @@ def _labels(ax: Any, found: Findings) -> None:
 def _actions(ax: Any, c: ActionComponent, counts: np.ndarray, present: int) -> None:
     ax.set_title(f"{c.name}: {c.kind} ({c.size})", fontsize=9, color=INK)
     if not present:
-        ax.text(0.5, 0.5, "never given", ha="center", va="center", color=FAINT, transform=ax.transAxes)
-        ax.set_axis_off()
+        _empty(ax, "never given")
         return
     if c.kind == "continuous":
         x = np.linspace(-1, 1, counts.shape[1])
         for row in counts[:8]:
             ax.step(x, 100 * row / present, where="mid", linewidth=1)
+        ax.set_ylim(0)
         ax.set_ylabel("%", fontsize=7)
         return
     if c.kind == "mouse":  # 11 x 11 bins; the middle one, no movement, would outshine all
@@ -220,8 +234,10 @@ def _actions(ax: Any, c: ActionComponent, counts: np.ndarray, present: int) -> N
         middle = square[5, 5]
         square[5, 5] = 0
         ax.imshow(square, cmap="Blues")
-        ax.set_xlabel(f"dx; no movement {middle:.0f} %", fontsize=7)
-        ax.set_ylabel("dy", fontsize=7)
+        ax.set_xticks([0, 5, 10])
+        ax.set_yticks([0, 5, 10])
+        ax.set_xlabel(f"bin of dx; no movement {middle:.0f} %", fontsize=7)
+        ax.set_ylabel("bin of dy", fontsize=7)
         return
     ax.bar(np.arange(c.size), 100 * counts / present, color=BAR)
     if c.size <= SHOWN:

@@ -63,7 +63,7 @@ def missing_labels(dataset: Dataset) -> str:
     if present is not None and not any(present.values()):
         lacks.append("actions")
     if not np.any(dataset.rewarded("train")):
-        lacks.append("rewards")
+        lacks.append("rewards above 0")
     return f"the data has no {' and no '.join(lacks)}" if lacks else ""
 
 

@@ -264,6 +264,7 @@ def _steps(data: Mapping[str, Any]) -> str | None:
         _chart(plots.latency_figure(models), "time per frame against sampling steps"),
     ]
     scale, unit = (100, "points") if symbols else (1, "dB")
+    tiles = {"Symbols %": ("symbol_accuracy", 2), "Changed %": ("changed_accuracy", 1)} if symbols else {}
     rows = []
     for m in models:
         for i, r in enumerate(m["rows"]):
@@ -271,15 +272,14 @@ def _steps(data: Mapping[str, Any]) -> str | None:
                 (
                     f"<b>{_text(m['name'])}</b>" if i == 0 else "",
                     _number(r["steps"]),
-                    _interval(r.get("symbol_accuracy"), 100),
-                    _interval(r.get("changed_accuracy"), 100, 1),
+                    *(_interval(r.get(name), 100, digits) for name, digits in tiles.values()),
                     _interval(r.get("psnr")),
                     _interval(r.get("ssim"), 1, 3),
                     _number(r.get("milliseconds")),
                     _interval(r.get("minus_largest"), scale, 2, signed=True),
                 )
             )
-    head = ("Model", "K", "Symbols %", "Changed %", "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
+    head = ("Model", "K", *tiles, "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
     device = f"Time on {_text(s['device'])}. " if s.get("device") else ""
     note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over clips, the last column paired."
     return f"<div class=charts>{''.join(charts)}</div>" + _table(head, rows, note)
