@@ -6,9 +6,9 @@
 
 Three layouts of the same four layers: dense block-causal attention in each (the baseline of paper Table 2), space and
 time by turns, and the paper's time layer every fourth. FLOPs and memory are those of the compiled gradient of one
-sequence; the FLOPs of attention are what remains of those of all matrix products after T N times those of a single
-token. Prediction quality is compared after trainings of equal FLOPs, on the tokens of runs/quickstart-seed<N>, which is
-made if it is not there.
+sequence. Their exponents lie between those of attention and 1, that of projections and MLPs; so c + a T N + b pairs,
+with the pairs of tokens that meet in theory, is fitted as well, and what it misses is given. Prediction quality is
+compared after trainings of equal FLOPs, on the tokens of runs/quickstart-seed<N>, which is made if it is not there.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,6 @@ def measure(layout: str, frames: int, tokens: int, limit: float, repeats: int) -
         "T": frames,
         "N": tokens,
         "flops": float(compiled.cost_analysis()["flops"]),
-        "matmul_flops": matmul_flops(jax.grad(loss), net, x),
         "memory_bytes": int(memory),
         "milliseconds": milliseconds,
     }
@@ -100,7 +99,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> Interval | None:
     return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half)
 
 
-def exponents(rows: list[dict[str, Any]], single: dict[str, float]) -> list[dict[str, Any]]:
+def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Fits of every layout along T and along N."""
     found = []
     for layout in LAYOUTS:
@@ -108,18 +107,35 @@ def exponents(rows: list[dict[str, Any]], single: dict[str, float]) -> list[dict
             line = [r for r in rows if r["layout"] == layout and r["sweep"] == axis]
             x = [r[axis] for r in line]
             timed = [r for r in line if r["milliseconds"] is not None]
-            core = [r["matmul_flops"] - r["T"] * r["N"] * single[layout] for r in line]
             found.append(
                 {
                     "layout": layout,
                     "along": axis,
                     "theory_attention": exponent(x, [attention_pairs(layout, r["T"], r["N"]) for r in line]),
-                    "attention_flops": exponent(x, core),
-                    "all_flops": exponent(x, [r["flops"] for r in line]),
+                    "flops": exponent(x, [r["flops"] for r in line]),
                     "memory": exponent(x, [r["memory_bytes"] for r in line]),
                     "time": exponent([r[axis] for r in timed], [r["milliseconds"] for r in timed]),
                 }
             )
+    return found
+
+
+def theory(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By how much ``c + a T N + b pairs`` misses the FLOPs and the memory of each layout, with its own pairs and with
+    those of the other kind."""
+    found = []
+    for layout in LAYOUTS:
+        line = [r for r in rows if r["layout"] == layout]
+        entry: dict[str, Any] = {"layout": layout}
+        for key in ("flops", "memory_bytes"):
+            y = np.array([r[key] for r in line], float)
+            for which, of in (("own", layout), ("other", "time every 4th" if layout == "dense" else "dense")):
+                pairs = [attention_pairs(of, r["T"], r["N"]) for r in line]
+                basis = np.stack([np.ones(len(line)), [r["T"] * r["N"] for r in line], pairs], -1)
+                scaled = basis / y[:, None]  # relative errors count alike at both ends of a sweep
+                solution = np.linalg.lstsq(scaled / scaled.max(0), np.ones(len(line)), rcond=None)[0] / scaled.max(0)
+                entry[f"{key}_missed_with_{which}_pairs"] = float(np.abs(basis @ solution / y - 1).max())
+        found.append(entry)
     return found
 
 
@@ -155,10 +171,9 @@ def quality(call: Call, seed: int, dense_steps: int, clips: int) -> list[dict[st
 
 
 def draw(rows: list[dict[str, Any]], learned: list[dict[str, Any]]) -> Figure:
-    """FLOPs along T, memory and time along T and N, and quality at equal compute."""
+    """FLOPs and time along T, memory along N, and quality at equal compute."""
     views = [
         ("GFLOP of a gradient step", "flops", 1e9, "T"),
-        ("Temporary memory (MiB)", "memory_bytes", 2**20, "T"),
         ("Temporary memory (MiB)", "memory_bytes", 2**20, "N"),
         ("Time of a gradient step (ms)", "milliseconds", 1.0, "T"),
     ]
@@ -195,7 +210,12 @@ def draw(rows: list[dict[str, Any]], learned: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def finding(fits: list[dict[str, Any]], rows: list[dict[str, Any]], learned: list[dict[str, Any]]) -> str:
+def finding(
+    fits: list[dict[str, Any]],
+    polynomials: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    learned: list[dict[str, Any]],
+) -> str:
     """What the numbers say."""
 
     def fit(layout: str, along: str, key: str) -> str:
@@ -206,19 +226,27 @@ def finding(fits: list[dict[str, Any]], rows: list[dict[str, Any]], learned: lis
         return max(r[key] for r in rows if r["layout"] == layout and r["sweep"] == "T")
 
     parts = [
-        f"Along {axis}, attention's FLOPs grow with exponent {fit('dense', axis, 'attention_flops')} "
-        f"(theory over the same sweep: {fit('dense', axis, 'theory_attention')}) where it is dense, and "
-        f"{fit('time every 4th', axis, 'attention_flops')} (theory {fit('time every 4th', axis, 'theory_attention')}) "
-        f"with a time layer every fourth; temporary memory with {fit('dense', axis, 'memory')} against "
-        f"{fit('time every 4th', axis, 'memory')}, time with {fit('dense', axis, 'time')} against "
-        f"{fit('time every 4th', axis, 'time')}."
+        f"Along {axis} (attention in theory: {fit('dense', axis, 'theory_attention')} dense, "
+        f"{fit('time every 4th', axis, 'theory_attention')} with a time layer every fourth) a compiled gradient step's "
+        f"FLOPs grow with exponent {fit('dense', axis, 'flops')} where attention is dense and "
+        f"{fit('time every 4th', axis, 'flops')} with time every fourth, temporary memory with "
+        f"{fit('dense', axis, 'memory')} and {fit('time every 4th', axis, 'memory')}, time with "
+        f"{fit('dense', axis, 'time')} and {fit('time every 4th', axis, 'time')}."
         for axis in ("T", "N")
     ]
+    missed = {p["layout"]: [100 * v for k, v in p.items() if k != "layout"] for p in polynomials}
+    parts.append(
+        "Projections and MLPs, linear in T N, hold these below attention's own. The polynomial c + a T N + b pairs "
+        "fits all FLOPs within "
+        + ", ".join(f"{v[0]:.1f} % ({k}; with the other kind's pairs {v[1]:.0f} %)" for k, v in missed.items())
+        + " and memory within "
+        + ", ".join(f"{v[2]:.0f} % ({k}; {v[3]:.0f} %)" for k, v in missed.items())
+        + "."
+    )
     times = {k: largest("dense", k) / largest("time every 4th", k) for k in ("flops", "memory_bytes")}
     parts.append(
-        "Projections and MLPs, linear in T N, hold the exponents of whole programs below those of attention. At the "
-        f"longest T a dense gradient step takes {times['flops']:.1f} times the FLOPs and {times['memory_bytes']:.1f} "
-        "times the memory."
+        f"At the longest T a dense gradient step takes {times['flops']:.1f} times the FLOPs and "
+        f"{times['memory_bytes']:.1f} times the memory."
     )
     if not learned:
         return " ".join([*parts, "Prediction quality was left out of this call."])
@@ -249,16 +277,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[call.size]
     limits = size["limit"], size["repeats"]
     points = [("T", t, size["tokens"]) for t in size["T"]] + [("N", size["frames"], n) for n in size["N"]]
-    single = {layout: measure(layout, 1, 1, *limits)["matmul_flops"] for layout in LAYOUTS}
     rows = [
         {"sweep": sweep, **measure(layout, frames, tokens, *limits)}
         for layout, (sweep, frames, tokens) in call.track([(k, p) for k in LAYOUTS for p in points], "compiling")
     ]
-    fits = exponents(rows, single)
+    fits, polynomials = exponents(rows), theory(rows)
     seeds = () if call.args.scaling_only else call.seeds
     learned = [row for seed in seeds for row in quality(call, seed, size["dense_steps"], size["clips"])]
     figure = draw(rows, learned)
-    call.write([*fits, *learned, *rows], finding=finding(fits, rows, learned), figure=figure, network=NET)
+    call.write(
+        [*fits, *polynomials, *learned, *rows],
+        finding=finding(fits, polynomials, rows, learned),
+        figure=figure,
+        network=NET,
+    )
 
 
 if __name__ == "__main__":
