@@ -33,6 +33,8 @@ class TransformerConfig:
     head_dim: int = 32
     ffn: int = 344
     time_every: int = 4  # the last layer of each period of this many is a time layer; 0: space layers only
+    # False: a time layer attends over all tokens of all frames in its window; in every layer that is dense attention.
+    time_factorised: bool = True
     window: int = 16  # frames a time layer sees, its own included
     softcap: float = 50.0  # 0: off
     qk_norm: bool = True
@@ -310,6 +312,12 @@ def _validate_transformer(c: TransformerConfig, at: str) -> None:
         f"must be a multiple of {at}.kv_heads = {c.kv_heads}",
     )
     _require(c.head_dim % 4 == 0, f"{at}.head_dim", c.head_dim, "must be a multiple of 4 (two RoPE axes of pairs)")
+    _require(
+        c.time_factorised or c.head_dim % 8 == 0,
+        f"{at}.head_dim",
+        c.head_dim,
+        f"must be a multiple of 8 where {at}.time_factorised is off (half of a head turns with time, half with space)",
+    )
 
 
 def validate(c: Config) -> None:

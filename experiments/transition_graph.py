@@ -206,8 +206,8 @@ def describe(rows: list[dict[str, Any]]) -> str:
         parts.append(
             f"{name}: {r['found']} edges found, {r['invented']} invented, {r['missed']} missed (precision "
             f"{r['precision']:.2f}, recall {r['recall']:.2f}); total variation {tv.mean:.3f} [{tv.low:.3f}, "
-            f"{tv.high:.3f}], {floor['mean']:.3f} by sampling alone; reward error {gap.mean:.3f}; its best policy reaches "
-            f"the goal with probability {r['return']:.3f} in the true lake (optimal {r['optimal_return']:.3f})"
+            f"{tv.high:.3f}], {floor['mean']:.3f} by sampling alone; reward error {gap.mean:.3f}; its best policy "
+            f"reaches the goal with probability {r['return']:.3f} in the true lake (optimal {r['optimal_return']:.3f})"
         )
     return ". ".join(parts) + "."
 

@@ -10,7 +10,7 @@ import pytest
 
 from dreamer4_jax.nn import Mask, Transformer, layers
 from dreamer4_jax.nn import cache as ring
-from dreamer4_jax.nn.transformer import _centres, first_of_segment
+from dreamer4_jax.nn.transformer import _centres, _joint_centres, first_of_segment
 from tests import reference
 from tests.small import dependencies, drawn, transformer_config
 
@@ -381,3 +381,120 @@ def test_parameters_are_stacked_and_drawn_with_a_key_each():
     assert q.shape == (2, 32, (4 + 2 * 2) * 8) and not np.array_equal(q[0], q[1])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(net))
     np.testing.assert_allclose(np.std(q), 32**-0.5, rtol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time layers that are not factorised: over all tokens of all frames
+
+
+JOINT = transformer_config(layers=2, time_every=1, time_factorised=False, local_space=1.5, local_time=1.0)
+PLACED = np.array([True, True, False])
+jointly = partial(run, placed=PLACED)
+
+
+def rope_joint(x, frames, places, cfg):
+    """Rotary embedding of x [..., L, K]: four blocks of pairs (i, i + K/8), two turned by time, then row and column."""
+    x, eighth = np.asarray(x, np.float64), x.shape[-1] // 8
+    out = np.empty_like(x)
+    for token, (frame, (row, column)) in enumerate(zip(frames, places, strict=True)):
+        for block, at in enumerate([frame, frame, row, column]):
+            for i in range(eighth):
+                if block < 2:  # K/4 frequencies
+                    angle = at * cfg.rope_base_time ** (-(block * eighth + i) / (2 * eighth))
+                else:  # K/8 of each
+                    angle = at * cfg.rope_base_space ** (-i / eighth)
+                j = 2 * block * eighth + i
+                a, b = x[..., token, j], x[..., token, j + eighth]
+                out[..., token, j] = a * np.cos(angle) - b * np.sin(angle)
+                out[..., token, j + eighth] = b * np.cos(angle) + a * np.sin(angle)
+    return out
+
+
+def joint_reference(net, x, segments):
+    """Dense block-causal layers in float64, over one row of T N tokens."""
+    cfg, x = net.cfg, np.asarray(x, np.float64)
+    batch, frames = x.shape[:2]
+    frame, place = np.divmod(np.arange(frames * N), N)
+    kind = np.array(TYPES.types)[place]
+    rules = np.array(TYPES.rules)[kind[:, None], kind[None]]
+    now, then = frame[:, None], frame[None]
+    seg = segments[:, frame]
+    mask = rules & (then <= now) & (then > now - cfg.window) & (seg[:, :, None] == seg[:, None, :])
+    at, half = PLACED[place], cfg.head_dim // 2
+    x = x.reshape(batch, frames * N, -1)
+    for i in range(cfg.layers):
+        p = jax.tree.map(lambda leaf, i=i: leaf[i], net.periods).time
+        a, y = p.attention, reference.rms_norm(x, p.norm1.scale[...])
+        q, k, v = (np.einsum("bld,dhk->blhk", y, w) for w in projections(a, cfg))
+        q, k = reference.rms_norm(q, a.q_scale[...]), reference.rms_norm(k, a.k_scale[...])
+        turn = lambda z: np.swapaxes(rope_joint(np.swapaxes(z, -2, -3), frame, PLACES[place], cfg), -2, -3)
+        bias = []
+        for part, allowed in ((slice(None, half), 1.0), (slice(half, None), np.outer(at, at))):
+            b_q, b_k = (np.zeros((len(frame), h, cfg.head_dim)) for h in (cfg.heads, 1))
+            b_q[..., part], b_k[..., part] = a.q_bias[...][:, part], a.k_bias[...][part]
+            b_q, b_k = (np.swapaxes(turn(z), -2, -3) for z in (b_q, b_k))
+            bias.append(allowed * (b_q @ np.swapaxes(b_k, -1, -2)) / np.sqrt(half) * np.sqrt(2))
+        y = reference.attention(turn(q), turn(k), v, mask, cfg.softcap, sum(bias))
+        x = x + y.reshape(*x.shape[:2], -1) @ np.asarray(a.o[...], np.float64)
+        y = reference.rms_norm(x, p.norm2.scale[...])
+        x = x + reference.swiglu(y, p.mlp.gate[...], p.mlp.up[...], p.mlp.down[...])
+    return reference.rms_norm(x, net.norm.scale[...]).reshape(batch, frames, N, -1)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return model(JOINT)
+
+
+@jax.jit
+def joint_forward(net, x, segments=None):
+    return jointly(net, x, segments=segments)[0]
+
+
+def test_dense_layers_against_the_reference(joint):
+    segments = np.array([[0, 0, 0, 0, 0], [1, 1, 2, 2, 2]])
+    got = joint_forward(joint, inputs(), jnp.asarray(segments))
+    np.testing.assert_allclose(got, joint_reference(joint, inputs(), segments), rtol=2e-4, atol=2e-4)
+
+
+def test_dense_local_attention_starts_where_its_heads_are_centred():
+    """With content muted, the weights of a token peak at its neighbour, head by head, in the frame before."""
+    cfg = replace(JOINT, layers=1, local_space=4.0, local_time=4.0, local_shift=1, head_dim=32, heads=4)
+    size, centres = _joint_centres(cfg)
+    places = np.array([(r, c) for r in range(5) for c in range(5)], np.float64)
+    frame, place = np.divmod(np.arange(4 * 25), 25)
+    k = rope_joint(size * np.ones((100, 32)), frame, places[place], cfg)
+    for h, side in enumerate([(0, 1), (0, -1), (1, 0), (-1, 0)]):
+        q = rope_joint(np.broadcast_to(size * np.asarray(centres[h]), (100, 32)), frame, places[place], cfg)
+        peak = (q @ k.T)[2 * 25 + 12].argmax()
+        assert frame[peak] == 1 and np.array_equal(places[place[peak]], np.array([2, 2]) + side)
+
+
+def test_dense_layers_have_exactly_zero_gradient_to_what_they_must_not_see():
+    net = model(replace(JOINT, layers=1))
+    sees = dependencies(lambda x: jointly(net, x)[0], inputs(batch=1))
+    frame, place = np.divmod(np.arange(5 * N), N)
+    kind = np.array(TYPES.types)[place]
+    now, then = frame[:, None], frame[None]
+    expected = (then <= now) & (then > now - JOINT.window) & np.array(TYPES.rules)[kind[:, None], kind[None]]
+    np.testing.assert_array_equal(sees, expected)
+
+
+def test_dense_layers_with_a_cache_compute_what_they_compute_without(joint):
+    """A ring of three frames that wraps; in one stream another episode begins at the third frame."""
+    x, segments = inputs(frames=5), jnp.array([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
+    cache, got = ring.empty(JOINT, 2, N), []
+
+    @jax.jit
+    def step(net, x, cache, segments):
+        y, kv = jointly(net, x, cache=cache, segments=segments)
+        return y, ring.write(cache, *kv, segments=segments)
+
+    for part in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)):
+        y, cache = step(joint, x[:, part], cache, segments[:, part])
+        got.append(y)
+        if part.stop == 2:  # what the ring holds is another episode's
+            pos = jnp.where(jnp.array([False, True])[:, None], -1, cache.pos)
+            cache = ring.Cache(cache.k, cache.v, pos, cache.next)
+    expected = joint_forward(joint, x, segments)
+    np.testing.assert_allclose(jnp.concatenate(got, axis=1), expected, rtol=1e-4, atol=1e-5)

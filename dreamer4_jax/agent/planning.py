@@ -1,9 +1,9 @@
 """Search at inference over the transition oracle: best of N rollouts, the cross-entropy method, Gumbel MuZero.
 
-A search plans in a model ``step(state, action, key) -> (state, seen)`` whose states have a read-out ``h`` for policy
-and value heads and the streams as first axis of every leaf; ``seen`` has ``reward`` and ``cont``. All three searches are
-pure, batched over streams and of static shape. `BranchingOracle` makes such a model of the world model; its docstring says
-what a node costs. `SearchPolicy` plays in real environments with a search.
+A search plans in a model ``step(state, action, key) -> (state, seen)``. Its states have a read-out ``h`` for policy
+and value heads, and the streams as first axis of every leaf; ``seen`` has ``reward`` and ``cont``. All searches are
+pure, batched over streams and of static shape. `BranchingOracle` makes such a model of the world model; its docstring
+says what a node costs. `SearchPolicy` plays in real environments with a search.
 
 Budgets: a search imagines `frames` frames a decision, `dependent` of them one after the other; a frame costs K + 1
 network passes (K denoising steps, one that writes the history and reads out).

@@ -113,13 +113,13 @@ def total_variation(p: Float[np.ndarray, "*b S"], q: Float[np.ndarray, "*b S"]) 
 
 def sampling_floor(
     p: Float[np.ndarray, "*b S"], n: Int[np.ndarray, "*b"], *, draws: int = 200, seed: int = 0
-) -> Float[np.ndarray, "n *b"]:
+) -> Float[np.ndarray, "..."]:
     """Total variation between `p` and frequencies of `n` draws from it: what a perfect model would show.
 
     Never 0 where there are several outcomes (``1 / sqrt(2 pi n)`` on average for two equal ones): show it beside.
 
     Returns:
-      `draws` repetitions.
+      [draws, *b], repetitions.
     """
     rng = np.random.default_rng(seed)
     shape = p.shape[:-1]

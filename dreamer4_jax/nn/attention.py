@@ -23,7 +23,7 @@ EXP_LIMIT = 60.0  # a sum of a million exp(60) is still a float32, and exp(-60) 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_pos", "k_pos", "q_seg", "k_seg"],
-    meta_fields=["window", "types", "rules"],
+    meta_fields=["window", "types", "rules", "k_types"],
 )
 @dataclass(frozen=True)
 class Mask:
@@ -34,7 +34,8 @@ class Mask:
         A negative column index is an empty cache slot that nobody sees.
       window: a row sees the last `window` frames, its own included.
       q_seg, k_seg: int32, a row sees columns of its own segment (episode) only.
-      types: token types of both sides (space attention). rules[a][b]: may type a attend to type b.
+      types: token types of both sides. rules[a][b]: may type a attend to type b.
+      k_types: token types of the columns, where they are not the rows'.
     """
 
     q_pos: Int[Array, "... L"] | None = None
@@ -44,6 +45,7 @@ class Mask:
     window: int | None = None
     types: tuple[int, ...] | None = None
     rules: tuple[tuple[bool, ...], ...] | None = None
+    k_types: tuple[int, ...] | None = None
 
     def dense(self) -> Bool[Array, "... L S"] | None:
         """The boolean mask, or None if everything is allowed."""
@@ -56,7 +58,7 @@ class Mask:
         if self.q_seg is not None and self.k_seg is not None:
             terms.append(self.q_seg[..., :, None] == self.k_seg[..., None, :])
         if self.types is not None and self.rules is not None:
-            allowed = np.array(self.rules, bool)[np.ix_(self.types, self.types)]
+            allowed = np.array(self.rules, bool)[np.ix_(self.types, self.k_types or self.types)]
             if not allowed.all():
                 terms.append(jnp.asarray(allowed))
         if not terms:

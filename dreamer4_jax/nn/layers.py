@@ -95,10 +95,18 @@ def space_angles(coordinates: np.ndarray, dim: int, base: float) -> np.ndarray:
     return (np.asarray(coordinates, np.float64)[:, :, None] * frequencies).reshape(len(coordinates), -1).astype("f4")
 
 
+def joint_angles(time: Array, space: np.ndarray) -> Float[Array, "... T N K/2"]:
+    """Angles of tokens in space and time: the first half of a head turns by `time` [..., T, K/4], the second by `space`
+    [N, K/4]; `rotate` them with axes = 4."""
+    wide = (*time.shape[:-1], *space.shape)
+    return jnp.concatenate([jnp.broadcast_to(time[..., None, :], wide), jnp.broadcast_to(space, wide)], axis=-1)
+
+
 def rotate(x: Float[Array, "... L K"], angles: Array | np.ndarray, axes: int = 1) -> Float[Array, "... L K"]:
     """Rotary embedding: turns pairs of channels by `angles` [..., L, K/2] (float32).
 
-    The K channels are `axes` equal blocks (1: time, 2: rows and columns); in a block channel i pairs with i + half.
+    The K channels are `axes` equal blocks (1: time; 2: rows and columns; 4: two of time, rows and columns); in a block
+    channel i pairs with i + half.
     """
     half = x.shape[-1] // axes // 2
     blocks = [slice(i * half, (i + 1) * half) for i in range(axes)]

@@ -1,7 +1,8 @@
 """The efficient transformer (paper 3.4): space, space, space, causal time; scanned over periods.
 
 Pre-layer RMSNorm, RoPE, SwiGLU, QK-norm, soft-capped logits, grouped-query attention. Each layer has one attention:
-space layers attend over the N tokens of a frame, time layers over the frames of one token.
+space layers attend over the N tokens of a frame, time layers over the frames of one token, or, where they are not
+factorised (the paper's baseline), over all tokens of all frames.
 """
 
 from functools import partial
@@ -25,8 +26,9 @@ Placed = Bool[np.ndarray, " N"] | None  # which tokens have a place in the frame
 class Attention(nnx.Module):
     """Projections, QK-norm and rotation around `attention`."""
 
-    def __init__(self, key: Array, cfg: TransformerConfig, local: float, centres: Float[Array, "H K"]):
-        """`centres`: unit biases of the queries, turned to where each head looks at first."""
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float | np.ndarray, centres: Float[Array, "H K"]):
+        """`centres`: unit biases of the queries, turned to where each head looks at first; `local`: their size, [K] if
+        it is not the same for all channels."""
         q, k, v, o = jax.random.split(key, 4)
         d, h, g, dim = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
         self.dim, self.groups = dim, g
@@ -42,8 +44,8 @@ class Attention(nnx.Module):
         ones = jnp.ones((dim,), jnp.float32)
         self.q_scale = nnx.Param(ones, axes=("head_dim",)) if cfg.qk_norm else None
         self.k_scale = nnx.Param(ones, axes=("head_dim",)) if cfg.qk_norm else None
-        self.q_bias = nnx.Param(local * centres, axes=("heads", "head_dim")) if local else None
-        self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if local else None
+        self.q_bias = nnx.Param(local * centres, axes=("heads", "head_dim")) if np.any(local) else None
+        self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if np.any(local) else None
         self.softcap = cfg.softcap or None
 
     def project(
@@ -75,17 +77,32 @@ class Attention(nnx.Module):
             return None
         q = layers.rotate(self.q_bias[...][:, None], q_angles[..., None, :, :], axes)
         k = layers.rotate(self.k_bias[...], k_angles, axes)
-        return jnp.einsum("...hlk,...sk->...hls", q, k) * q.shape[-1] ** -0.5
+        return _logits(q, k)
+
+    def local_jointly(self, q_angles: Array, k_angles: Array, placed: np.ndarray) -> Float[Array, "... H L S"] | None:
+        """`local` between tokens at angles of space and time; in space only among those that have a place, `placed`
+        [L, S]."""
+        if self.q_bias is None or self.k_bias is None:
+            return None
+        q = layers.rotate(self.q_bias[...][:, None], q_angles[..., None, :, :], axes=4)
+        k = layers.rotate(self.k_bias[...], k_angles, axes=4)
+        half = self.dim // 2
+        both = _logits(q[..., :half], k[..., :half]) + placed * _logits(q[..., half:], k[..., half:])
+        return 2**0.5 * both  # each half as strong as a whole head in a layer of its own
 
     def output(self, x: Float[Array, "... H L K"]) -> Float[Array, "... L D"]:
         x = jnp.swapaxes(x, -3, -2)
         return x.reshape(*x.shape[:-2], -1) @ self.o[...].astype(x.dtype)
 
 
-class Layer(nnx.Module):
-    """One pre-norm residual layer: attention over space or time, then SwiGLU."""
+def _logits(q: Float[Array, "... H L K"], k: Float[Array, "... S K"]) -> Float[Array, "... H L S"]:
+    return jnp.einsum("...hlk,...sk->...hls", q, k) * q.shape[-1] ** -0.5
 
-    def __init__(self, key: Array, cfg: TransformerConfig, local: float, centres: Float[Array, "H K"]):
+
+class Layer(nnx.Module):
+    """One pre-norm residual layer: attention over space, time or both, then SwiGLU."""
+
+    def __init__(self, key: Array, cfg: TransformerConfig, local: float | np.ndarray, centres: Float[Array, "H K"]):
         attn, mlp = jax.random.split(key)
         self.norm1 = layers.RMSNorm(cfg.width)
         self.attention = Attention(attn, cfg, local, centres)
@@ -129,6 +146,33 @@ class Layer(nnx.Module):
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x)), (k, v)
 
+    def joint(
+        self,
+        x: Float[Array, "B T N D"],
+        angles: Array,
+        mask: Mask,
+        placed: Placed,
+        past: tuple[Array, Array, Array, Mask] | None,
+    ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
+        """As `time`, over all tokens of all frames; `angles` are [B, T N, K/2], those of the ring [B, N W, K/2]."""
+        batch, frames, tokens, width = x.shape
+        at = np.ones(tokens) if placed is None else placed.astype(float)
+        rows = np.tile(at, frames)
+        with jax.named_scope("joint_attention"):
+            x = constrain(x, "batch", None, None, None)
+            q, k, v = self.attention.project(self.norm1(x).reshape(batch, -1, width), angles, axes=4)
+            sources: Any = (k, v, mask, self.attention.local_jointly(angles, angles, np.outer(rows, rows)))
+            if past is not None:
+                flat = lambda ring: jnp.moveaxis(ring, 2, 1).reshape(batch, ring.shape[2], -1, ring.shape[-1])
+                over = np.outer(rows, np.repeat(at, past[0].shape[3]))
+                biases = self.attention.local_jointly(angles, past[2], over), sources[3]
+                sources = (flat(past[0]), k), (flat(past[1]), v), (past[3], mask), biases
+            y = attention(q, *sources, softcap=self.attention.softcap, heads_first=True)
+            x = x + self.attention.output(y).reshape(x.shape)
+            by_token = lambda new: jnp.moveaxis(new.reshape(*new.shape[:2], frames, tokens, -1), 3, 1)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x)), (by_token(k), by_token(v))
+
     def _local_in_time(self, q_angles: Array, k_angles: Array) -> Float[Array, "B 1 H L S"] | None:
         bias = self.attention.local(q_angles, k_angles)
         return None if bias is None else bias[:, None]
@@ -139,12 +183,26 @@ def _centres(cfg: TransformerConfig) -> tuple[Array, Array]:
 
     Shifted heads look right, left, down and up by turns, as the taps of a convolution do, and at earlier frames.
     """
-    sides = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])[np.arange(cfg.heads) % 4] * cfg.local_shift
-    before = jnp.full((cfg.heads,), -cfg.local_shift)
+    sides, before = _offsets(cfg)
     unit = jnp.ones((cfg.heads, cfg.head_dim))
     around = layers.rotate(unit, layers.space_angles(sides, cfg.head_dim, cfg.rope_base_space), axes=2)
     past = layers.rotate(unit, layers.time_angles(before, cfg.head_dim, cfg.rope_base_time))
     return around, past
+
+
+def _offsets(cfg: TransformerConfig) -> tuple[np.ndarray, Array]:
+    """Where each head looks at first: rows and columns [H, 2], and frames [H]."""
+    sides = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])[np.arange(cfg.heads) % 4] * cfg.local_shift
+    return sides, jnp.full((cfg.heads,), -cfg.local_shift)
+
+
+def _joint_centres(cfg: TransformerConfig) -> tuple[np.ndarray, Array]:
+    """The size of the biases of a layer over space and time, [K], and their unit query biases [H, K]."""
+    (sides, before), half = _offsets(cfg), cfg.head_dim // 2
+    time = layers.time_angles(before, half, cfg.rope_base_time)
+    angles = jnp.concatenate([time, layers.space_angles(sides, half, cfg.rope_base_space)], axis=-1)
+    size = np.repeat([cfg.local_time, cfg.local_space], half)
+    return size, layers.rotate(jnp.ones((cfg.heads, cfg.head_dim)), angles, axes=4)
 
 
 class Period(nnx.Module):
@@ -155,7 +213,8 @@ class Period(nnx.Module):
         space = cfg.period - 1 if cfg.time_every else 1
         around, before = _centres(cfg)
         self.space = nnx.List([Layer(k, cfg, cfg.local_space, around) for k in keys[:space]])
-        self.time = Layer(keys[-1], cfg, cfg.local_time, before) if cfg.time_every else None
+        last = (cfg.local_time, before) if cfg.time_factorised else _joint_centres(cfg)
+        self.time = Layer(keys[-1], cfg, *last) if cfg.time_every else None
 
 
 class Transformer(nnx.Module):
@@ -198,15 +257,12 @@ class Transformer(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.next
         positions = start[:, None] + jnp.arange(frames, dtype=jnp.int32)
         space = layers.space_angles(coordinates, cfg.head_dim, cfg.rope_base_space)
-        time = layers.time_angles(positions, cfg.head_dim, cfg.rope_base_time)
-        of_token = positions[:, None]  # [B, 1, T], the same for every token
-        seg = None if segments is None else segments[:, None]
-        mask = Mask(q_pos=of_token, k_pos=of_token, q_seg=seg, k_seg=seg, window=cfg.window)
-        past_mask = past_angles = None
+        ring_pos = ring_seg = None
         if cache is not None:
-            ring_seg = None if segments is None else jnp.broadcast_to(segments[:, None, :1], cache.pos[:, None].shape)
-            past_angles = layers.time_angles(cache.pos, cfg.head_dim, cfg.rope_base_time)
-            past_mask = Mask(of_token, cache.pos[:, None], seg, ring_seg, window=cfg.window)
+            ring_pos = cache.pos
+            ring_seg = None if segments is None else jnp.broadcast_to(segments[:, :1], ring_pos.shape)
+        view = _frames_of_a_token if cfg.time_factorised else _all_tokens(coordinates, space_mask)
+        time, mask, past_angles, past_mask = view(cfg, positions, segments, ring_pos, ring_seg)
         keep = keep or cache is not None
 
         def body(x, scanned):
@@ -215,7 +271,11 @@ class Transformer(nnx.Module):
                 x = layer.space(x, space, space_mask, placed)
             if period.time is None:
                 return x, None
-            x, kv = period.time.time(x, time, mask, None if ring is None else (*ring, past_angles, past_mask))
+            past = None if ring is None else (*ring, past_angles, past_mask)
+            if cfg.time_factorised:
+                x, kv = period.time.time(x, time, mask, past)
+            else:
+                x, kv = period.time.joint(x, time, mask, placed, past)
             return x, kv if keep else None
 
         if cfg.remat == "full":
@@ -232,6 +292,51 @@ class Transformer(nnx.Module):
                 kvs.append(kv_i)
             kv = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kvs)
         return self.norm(x), kv
+
+
+def _frames_of_a_token(
+    cfg: TransformerConfig,
+    positions: Int[Array, "B T"],
+    seg: Int[Array, "B T"] | None,
+    ring_pos: Int[Array, "B W"] | None,
+    ring_seg: Int[Array, "B W"] | None,
+) -> tuple[Array, Mask, Array | None, Mask | None]:
+    """Angles and masks of factorised time layers: of the T frames among themselves, and of the ring behind them."""
+    of_token = lambda x: None if x is None else x[:, None]  # [B, 1, T], the same for every token
+    angles = partial(layers.time_angles, dim=cfg.head_dim, base=cfg.rope_base_time)
+    now, at = of_token(positions), of_token(seg)
+    mask = Mask(q_pos=now, k_pos=now, q_seg=at, k_seg=at, window=cfg.window)
+    if ring_pos is None:
+        return angles(positions), mask, None, None
+    past = Mask(q_pos=now, k_pos=of_token(ring_pos), q_seg=at, k_seg=of_token(ring_seg), window=cfg.window)
+    return angles(positions), mask, angles(ring_pos), past
+
+
+def _all_tokens(coordinates: np.ndarray, space_mask: Mask):
+    """The same of layers over all tokens: block-causal, with the rules between types of tokens in every frame."""
+    tokens = len(coordinates)
+
+    def view(cfg, positions, seg, ring_pos, ring_seg):
+        half = cfg.head_dim // 2
+        space = layers.space_angles(coordinates, half, cfg.rope_base_space)
+        time = partial(layers.time_angles, dim=half, base=cfg.rope_base_time)
+        joint = layers.joint_angles(time(positions), space)
+        wide = lambda x: None if x is None else jnp.repeat(x, tokens, axis=1)  # [B, T N]
+        now, at = wide(positions), wide(seg)
+        types, rules = space_mask.types, space_mask.rules
+        rows = None if types is None else types * positions.shape[1]
+        mask = Mask(now, now, at, at, cfg.window, rows, rules)
+        angles = joint.reshape(joint.shape[0], -1, half)
+        if ring_pos is None:
+            return angles, mask, None, None
+        slots = ring_pos.shape[1]
+        ring = jnp.swapaxes(layers.joint_angles(time(ring_pos), space), 1, 2)  # as the ring lies: [B, N, W, K/2]
+        columns = None if types is None else tuple(t for t in types for _ in range(slots))
+        old = lambda x: None if x is None else jnp.tile(x, (1, tokens))  # [B, N W]
+        past = Mask(now, old(ring_pos), at, old(ring_seg), cfg.window, rows, rules, columns)
+        return angles, mask, ring.reshape(ring.shape[0], -1, half), past
+
+    return view
 
 
 def first_of_segment(is_first: Bool[Array, "B T"]) -> Int[Array, "B T"]:

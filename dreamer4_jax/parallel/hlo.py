@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -28,6 +28,13 @@ class Instruction:
     opcode: str
     operands: str
     attributes: str
+    root: bool = False
+
+    @property
+    def index(self) -> int:
+        """Of a get-tuple-element: which part it takes."""
+        found = re.search(r"index=(\d+)", self.attributes)
+        return int(found.group(1)) if found else 0
 
     @property
     def cycles(self) -> int:
@@ -61,23 +68,35 @@ class Module:
             elif line.startswith("}"):
                 current = None
             elif current is not None and (found := _INSTRUCTION.match(line)):
-                current.append(_instruction(*found.groups()))
+                current.append(_instruction(*found.groups()[1:], root=bool(found.group(1))))
         if not entry:
             raise ValueError("the text holds no ENTRY computation: is it the text of a compiled program?")
         return cls(computations, entry)
 
 
-def _instruction(name: str, rest: str) -> Instruction:
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
     found = _OPCODE.search(" " + rest)
     if found is None:
-        return Instruction(name, rest, "", "", "")
+        return Instruction(name, rest, "", "", "", root)
     shape, opcode, tail = rest[: found.start() - 1], found.group(1), rest[found.end() - 1 :]
     depth = 1
     for end, letter in enumerate(tail):  # noqa: B007
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
             break
-    return Instruction(name, shape.strip(), opcode, tail[:end], tail[end + 1 :])
+    return Instruction(name, shape.strip(), opcode, tail[:end], tail[end + 1 :], root)
+
+
+def operand_names(at: Instruction) -> list[str]:
+    """What stands between its parentheses and may name other lines, in order; among it are types and constants."""
+    return re.findall(r"%?([A-Za-z_][\w.\-]*)", re.sub(r"/\*.*?\*/", "", at.operands))
+
+
+def trip_count(module: Module, loop: Instruction, around: list[Instruction]) -> int | None:
+    """Of a loop in the computation `around`; None if the text does not hold it."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(found.group(1))
+    return _trips(module, loop, loop.called("condition")[0], around)
 
 
 def array_bytes(shape: str) -> int:
@@ -188,8 +207,8 @@ def _walk(module: Module, name: str, times: float, out: Costs, trips, scope_of) 
     computation = module.computations[name]
     for at in computation:
         if at.opcode == "while":
-            body, condition = at.called("body")[0], at.called("condition")[0]
-            count = _trips(module, at, condition, computation)
+            body = at.called("body")[0]
+            count = trip_count(module, at, computation)
             count = trips if count is None else count
             if count is None:
                 raise ValueError(f"loop {at.name} has no constant number of trips: pass trips")

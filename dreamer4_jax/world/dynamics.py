@@ -218,7 +218,8 @@ class Dynamics(nnx.Module):
         )
         y = y.astype(jnp.float32)
         n = self.cfg.tokenizer.tokens
-        z1 = self.flow(y[:, :, 2 : 2 + n])
+        with jax.named_scope("flow"):
+            z1 = self.flow(y[:, :, 2 : 2 + n])
         h = None if task is None else y[:, :, -self.agent.shape[0] :].reshape(*wide, -1)
         # Under jit a cache that nobody reads costs nothing: denoising passes drop it.
         after = None

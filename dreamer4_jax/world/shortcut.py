@@ -1,7 +1,11 @@
-"""Shortcut forcing (paper Eq 4, 6, 7, 8) and the samplers: fixed K, K as a traced argument.
+"""Shortcut forcing (paper Eq 4, 6, 7, 8) and the samplers: fixed K, K as a traced argument (`adaptive` has another).
 
 Everything here is float32: signal levels, targets, losses.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +275,26 @@ def next_frame(
       keys: of the last frame's noise and of the new frame's.
     """
     size = 1.0 / jnp.asarray(steps, jnp.float32)
+    cache, noise, z1_hat = write_and_start(dynamics, cache, last, last_actions, actions, keys, size=size)
+    with jax.named_scope("denoise"):
+        z = euler_step(noise, z1_hat, jnp.float32(0.0), size)
+        return cache, _steps(dynamics, cache, actions, z, size, 1, steps)
+
+
+def write_and_start(
+    dynamics: Dynamics,
+    cache: Cache,
+    last: Float[Array, "B 1 N C"],
+    last_actions: Actions,
+    actions: Actions,
+    keys: tuple[Array, Array],
+    *,
+    size: Array | float,
+) -> tuple[Cache, Float[Array, "B 1 N C"], Float[Array, "B 1 N C"]]:
+    """One pass over the last finished frame, which it writes, and the new one at signal level 0 and step `size`.
+
+    Returns the cache, the new frame's noise, and what the pass predicts of it.
+    """
     noise = _noise(dynamics, cache, keys[1])
     z, tau, d = (
         jnp.concatenate([x, y], axis=1)
@@ -284,9 +308,7 @@ def next_frame(
     with jax.named_scope("observe"):
         out = dynamics(z, tau, d, both, cache=cache, finished=1)
     assert out.cache is not None
-    with jax.named_scope("denoise"):
-        z = euler_step(noise, out.z1[:, 1:], jnp.float32(0.0), size)
-        return out.cache, _steps(dynamics, out.cache, actions, z, size, 1, steps)
+    return out.cache, noise, out.z1[:, 1:]
 
 
 def generate(
@@ -309,6 +331,22 @@ def generate(
     Returns:
       Tokens of the T_future generated frames.
     """
+    frame = partial(next_frame, steps=steps)
+    out, _ = roll(lambda *args: (*frame(dynamics, *args), None), dynamics, context, actions, key, segments=segments)
+    return out
+
+
+def roll(
+    frame: Callable[..., tuple[Cache, Array, Any]],
+    dynamics: Dynamics,
+    context: Float[Array, "B T N C"],
+    actions: Actions,
+    key: Array,
+    *,
+    segments: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T N C"], Any]:
+    """The loop of `generate`; ``frame(cache, last, last_actions, actions, keys)`` is `next_frame` or another sampler
+    and returns something of its own beside the cache and the frame, which comes back with T in front."""
     frames = context.shape[1]
     cut = lambda start, stop: jax.tree.map(lambda x: x[:, start:stop], actions)
     future = jax.tree.leaves(actions)[0].shape[1] - frames
@@ -321,14 +359,14 @@ def generate(
             same = segments[:, -2:-1] == segments[:, -1:]
             cache = Cache(cache.k, cache.v, jnp.where(same, cache.pos, -1), cache.next)
 
-    def frame(carry, scanned):
+    def body(carry, scanned):
         cache, last, last_action, write = carry
         action, k = scanned
         noise, write_next = jax.random.split(k)
-        cache, z = next_frame(dynamics, cache, last, last_action, action, (write, noise), steps=steps)
-        return (cache, z, action, write_next), z[:, 0]
+        cache, z, more = frame(cache, last, last_action, action, (write, noise))
+        return (cache, z, action, write_next), (z[:, 0], more)
 
     start = (cache, context[:, -1:].astype(jnp.float32), cut(frames - 1, frames), of_last)
     after = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[:, :, None], cut(frames, None))
-    _, out = jax.lax.scan(frame, start, (after, jax.random.split(of_future, future)))
-    return jnp.swapaxes(out, 0, 1)
+    _, (out, more) = jax.lax.scan(body, start, (after, jax.random.split(of_future, future)))
+    return jnp.swapaxes(out, 0, 1), more
