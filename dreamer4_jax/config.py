@@ -141,6 +141,13 @@ class AgentConfig:
     lam: float = 0.95
     alpha: float = 0.5
     beta: float = 0.3
+    # Of the policy in phase 3; pmpo is the paper's. none: the policy stays as cloned, and only the value is learned.
+    objective: Literal["pmpo", "reinforce", "ppo", "awr", "filtered_bc", "none"] = "pmpo"
+    reward_scale: float = 1.0  # of imagined rewards in phase 3; PMPO sees signs alone
+    normalize_advantage: bool = False  # divide advantages by their root mean square over the batch
+    ppo_clip: float = 0.2
+    awr_temperature: float = 1.0
+    bc_share: float = 0.25  # best share of the imagined rollouts, which filtered cloning imitates
     horizon: int = 16
     context: int = 8  # frames of dataset context in front of a rollout
     sample_steps: int = 4  # K during imagination
@@ -153,7 +160,7 @@ class AgentConfig:
 class EnvConfig:
     """The real environment, and the scripted policies that record it."""
 
-    kind: Literal["babyai", "none"] = "babyai"  # none: there is only recorded data, see data.source
+    kind: Literal["babyai", "frozenlake", "none"] = "babyai"  # none: there is only recorded data, see data.source
     levels: tuple[str, ...] = ("BabyAI-GoToLocal-v0",)
     view: Literal["full", "agent"] = "full"  # whole grid, or the agent's 7 x 7 view
     tile: int = 8  # pixels of a grid tile
@@ -262,13 +269,17 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: 0 <= v < math.inf,
         "must be at least 0, and finite",
     ),
-    ("rope_base_time rope_base_space lr clip event_weight", lambda v: 0 < v < math.inf, "must be above 0, and finite"),
+    (
+        "rope_base_time rope_base_space lr clip event_weight reward_scale ppo_clip awr_temperature",
+        lambda v: 0 < v < math.inf,
+        "must be above 0, and finite",
+    ),
     (
         "lam alpha relevant_fraction input_floor bot noisy_bot burst image_fraction decay",
         lambda v: 0 <= v <= 1,
         "must be in [0, 1]",
     ),
-    ("gamma", lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    ("gamma bc_share", lambda v: 0 < v <= 1, "must be in (0, 1]"),
     ("mask_max context_signal ema", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("bootstrap_fraction holdout", lambda v: 0 < v < 1, "must be between 0 and 1"),
 )
@@ -504,6 +515,17 @@ def from_dict(cls: type, values: dict[str, Any], at: str = "") -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested dictionaries of a config, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def complete(tree: Any) -> Any:
+    """A config as an earlier version recorded it, with the fields that were added since at their defaults."""
+
+    def fill(node: Any, like: Any) -> Any:
+        if not isinstance(node, dict) or not isinstance(like, dict):
+            return node
+        return {k: fill(v, like.get(k)) for k, v in node.items()} | {k: v for k, v in like.items() if k not in node}
+
+    return fill(tree, to_dict(Config()))
 
 
 def override(config: Config, values: dict[str, Any]) -> Config:

@@ -26,8 +26,8 @@ from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.source import convert_source, is_dataset, missing_labels, skipped_episodes
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
-from dreamer4_jax.envs.babyai import make
 from dreamer4_jax.envs.collect import DataPolicy, check_config, collect
+from dreamer4_jax.envs.kinds import make
 from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy

@@ -5,16 +5,21 @@ it is, and what is missing is trained. The tpu size is that of ``--full``.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dreamer4_jax.agent.model import ActorCritic
 from dreamer4_jax.config import Config, override
 from dreamer4_jax.evaluation.rollouts import HeldOut
 from dreamer4_jax.evaluation.study import Call
+from dreamer4_jax.parallel import processes
 from dreamer4_jax.runner import Run
+from dreamer4_jax.training.loop import open_run, run_phase
+from dreamer4_jax.training.phases import ImaginationPhase
 from dreamer4_jax.world import Actions
 from experiments import quickstart
 
@@ -88,3 +93,22 @@ def part(held: HeldOut, rows: slice) -> HeldOut:
 def value(interval: Any, key: str = "mean") -> float:
     """An end or the middle of an interval, which rows hold as either."""
     return interval[key] if isinstance(interval, dict) else getattr(interval, key)
+
+
+def finished(call: Call, seed: int) -> Run:
+    """The run named by --run, or that of the call's size: phases 1 and 2 done."""
+    return Run.reopen(call.args.run) if call.args.run else trained(call, seed, "tokenizer", "dynamics", "agent")
+
+
+def train_imagination(call: Call, base: Run, variant: Config) -> tuple[ActorCritic, Path]:
+    """Phase 3 of a variant from phase 2 of `base`, kept under --runs by its name. Its EMA weights and run directory."""
+    where = open_run(call.args.runs / f"{variant.name}-seed{variant.seed}", variant, resume=True)
+    found = run_phase(
+        ImaginationPhase(variant, base.tokens(), base.model("agent")),
+        config=variant,
+        run_dir=where,
+        seed=variant.seed,
+        resume=True,
+        mesh=base.mesh,
+    )
+    return processes.whole(found.ema, base.mesh), where

@@ -103,6 +103,42 @@ def pmpo(
     return loss
 
 
+def _flat(*arrays: np.ndarray) -> list[tuple[float, ...]]:
+    return [tuple(map(float, row)) for row in zip(*(np.ravel(a) for a in arrays), strict=True)]
+
+
+def reinforce(logp: np.ndarray, kl: np.ndarray, advantage: np.ndarray, beta: float, rms: bool = False) -> float:
+    """-mean A ln pi + beta mean KL; with `rms`, A is divided by the root of the mean of its squares."""
+    advantage = np.asarray(advantage, np.float64)
+    if rms:
+        advantage = advantage / np.sqrt(np.mean(advantage**2))
+    rows = _flat(logp, kl, advantage)
+    return sum(-a * lp + beta * k for lp, k, a in rows) / len(rows)
+
+
+def ppo(logp: np.ndarray, kl: np.ndarray, advantage: np.ndarray, old: np.ndarray, clip: float, beta: float) -> float:
+    """Schulman et al. 2017, Eq 7, as a loss: the lower of r A and r A with r held within [1 - clip, 1 + clip]."""
+    rows = _flat(logp, kl, advantage, old)
+    total = 0.0
+    for lp, k, a, lp_old in rows:
+        ratio = np.exp(lp - lp_old)
+        held = min(max(ratio, 1 - clip), 1 + clip)
+        total += -min(ratio * a, held * a) + beta * k
+    return total / len(rows)
+
+
+def awr(logp: np.ndarray, kl: np.ndarray, advantage: np.ndarray, temperature: float, top: float, beta: float) -> float:
+    """Peng et al. 2019: regression on the taken actions, weighted by exp(A / temperature), at most `top`."""
+    rows = _flat(logp, kl, advantage)
+    return sum(-min(np.exp(a / temperature), top) * lp + beta * k for lp, k, a in rows) / len(rows)
+
+
+def filtered_bc(logp: np.ndarray, kl: np.ndarray, total: np.ndarray, share: float, beta: float) -> float:
+    """Cloning of the rollouts [T, B] whose total [B] is among the best share n: mean of -ln pi over their states."""
+    kept = sorted(range(len(total)), key=lambda b: -total[b])[: int(np.ceil(share * len(total)))]
+    return float(-np.mean([logp[t, b] for b in kept for t in range(len(logp))]) + beta * np.mean(kl))
+
+
 def symexp(x: np.ndarray) -> np.ndarray:
     """sign(x) (exp(|x|) - 1)."""
     x = np.asarray(x, np.float64)

@@ -239,6 +239,66 @@ def test_states_after_a_probable_end_count_the_product_of_the_continues():
     np.testing.assert_allclose(metrics["alive_at_end"], np.mean([0.4, 0.25]), rtol=1e-5)
 
 
+OBJECTIVES = ("pmpo", "reinforce", "ppo", "awr", "filtered_bc", "none")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_config_chooses_the_objective(objective):
+    """Every objective on the same rollout, with an end in it, against its equation over the states that count."""
+    cont = np.ones((3, 4))
+    cont[1, 1] = 0
+    rollout, (cfg, policy, value, prior) = trajectory(cont, seed=5), heads()
+    cfg = replace(cfg, objective=objective, reward_scale=0.5, ppo_clip=0.1, awr_temperature=2.0, bc_share=0.5)
+    alive = jnp.asarray([1.0, 1, 1, 0])
+    run = lambda policy, old: imagination_losses(policy, value, prior, rollout, cfg, alive=alive, behaviour=old)
+    losses, metrics = jax.jit(run)(policy, prior)
+    counted = [(t, b) for t in range(3) for b in range(3) if (t, b) != (2, 1)]
+    scaled = replace(rollout, reward=0.5 * rollout.reward)
+    (logp, kl, advantage, nll), returns = (x.T for x in by_hand(scaled, cfg, policy, value, prior, counted))
+    old = by_hand(scaled, cfg, prior, value, prior, counted)[0][:, 0]
+    won = np.argsort(-np.asarray([sum(float(rollout.reward[t, c]) for t, c in counted if c == b) for b in range(3)]))
+    expected = {
+        "pmpo": reference.pmpo(logp, kl, advantage, cfg.alpha, cfg.beta),
+        "reinforce": reference.reinforce(logp, kl, advantage, cfg.beta),
+        "ppo": reference.ppo(logp, kl, advantage, old, 0.1, cfg.beta),
+        "awr": reference.awr(logp, kl, advantage, 2.0, 20.0, cfg.beta),
+        "filtered_bc": -np.mean([lp for lp, (_, b) in zip(logp, counted, strict=True) if b in won[:2]])
+        + cfg.beta * kl.mean(),
+        "none": 0.0,
+    }
+    np.testing.assert_allclose(losses["policy"], expected[objective], rtol=1e-4)
+    np.testing.assert_allclose(losses["value"], nll.mean(), rtol=1e-4)  # whatever the policy learns from
+    np.testing.assert_allclose(metrics["imagined_return"], returns.T[0, :3].mean(), rtol=1e-4)
+    if objective == "ppo":
+        outside = np.abs(np.exp(logp - old) - 1) > 0.1
+        assert 0 < outside.mean() and metrics["ratio_outside_clip"] == pytest.approx(outside.mean())
+
+
+def test_pmpo_is_invariant_to_the_scale_of_rewards():
+    """Rewards and values doubled: the same loss and gradient to the last bit, where REINFORCE follows the scale."""
+    rollout, (cfg, policy, _, prior) = trajectory(np.ones((3, 4)), seed=7), heads()
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
+
+    @dataclass(frozen=True)
+    class Table:
+        scale: float
+
+        def mean(self, h):
+            return self.scale * values
+
+        def loss(self, h, returns):
+            return 0.0 * returns
+
+    def gradient(objective, scale, norm=False):
+        c = replace(cfg, objective=objective, reward_scale=scale, normalize_advantage=norm)
+        loss = lambda p: imagination_losses(p, Table(scale), prior, rollout, c, alive=jnp.ones(4))[0]["policy"]
+        return np.concatenate([np.ravel(g) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(policy))])
+
+    np.testing.assert_array_equal(gradient("pmpo", 1.0), gradient("pmpo", 64.0))
+    assert np.abs(gradient("reinforce", 64.0) - gradient("reinforce", 1.0)).max() > 1e-3
+    np.testing.assert_allclose(gradient("reinforce", 64.0, True), gradient("reinforce", 1.0, True), atol=1e-6)
+
+
 def test_a_batch_without_a_living_context_adds_nothing():
     rollout, (cfg, policy, value, prior) = trajectory(np.ones((3, 2))), heads()
 

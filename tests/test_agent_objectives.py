@@ -12,9 +12,11 @@ from dreamer4_jax.agent import (
     distribution,
     filtered_bc_loss,
     lambda_returns,
+    normalize,
     pmpo_loss,
     ppo_loss,
     reinforce_loss,
+    winners,
 )
 from dreamer4_jax.config import ActionComponent
 from tests import reference
@@ -108,7 +110,11 @@ def test_pmpo_empty_set_adds_nothing(sign):
 def test_states_of_weight_zero_count_nothing_even_if_not_finite():
     keep = jnp.asarray([1.0, 1.0, 1.0, 0.0])
     broken = LOGP.at[3].set(-jnp.inf), KL.at[3].set(jnp.nan), ADVANTAGE
-    for loss in (pmpo_loss, reinforce_loss, awr_loss, filtered_bc_loss):
+
+    def cloning(logp, kl, advantage, weight=None):
+        return filtered_bc_loss(logp, kl, advantage > -1, weight=weight)
+
+    for loss in (pmpo_loss, reinforce_loss, awr_loss, cloning):
         expected = loss(LOGP[:3], KL[:3], ADVANTAGE[:3])
         np.testing.assert_allclose(loss(*broken, weight=keep), expected, rtol=1e-6)
         gradient = jax.grad(loss)(*broken, weight=keep)
@@ -159,9 +165,62 @@ def test_ppo_clips_where_the_ratio_has_already_moved_far_enough():
     np.testing.assert_allclose(unmoved, jax.grad(reinforce_loss)(logp, KL, advantage, beta=0.0), rtol=1e-6)
 
 
-def test_awr_and_filtered_bc():
+def test_awr():
     weights = np.minimum(np.exp(np.asarray(ADVANTAGE) / 0.5), 2.0)
     expected = -(weights * np.asarray(LOGP)).mean() + 0.3 * float(KL.mean())
     np.testing.assert_allclose(awr_loss(LOGP, KL, ADVANTAGE, temperature=0.5, max_weight=2.0), expected, rtol=1e-5)
-    np.testing.assert_allclose(filtered_bc_loss(LOGP, KL, ADVANTAGE), 0.75 + 0.3 * KL.mean(), rtol=1e-6)
-    assert float(filtered_bc_loss(LOGP, KL, -jnp.ones(4), beta=0.0)) == 0.0
+    # A hot temperature forgets the advantage: cloning of everything; a cold one keeps what is above 0 alone.
+    np.testing.assert_allclose(awr_loss(LOGP, KL, ADVANTAGE, temperature=1e6, beta=0.0), -LOGP.mean(), rtol=1e-4)
+    cold = awr_loss(LOGP, KL, jnp.asarray([1.0, -1, -1, -1]), temperature=1e-2, max_weight=4.0, beta=0.0)
+    np.testing.assert_allclose(cold, -LOGP[0], rtol=1e-5)
+
+
+def test_filtered_cloning_imitates_the_winners_and_no_other():
+    logp = jnp.asarray([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])  # [T, B]
+    won = jnp.asarray([False, True, False])
+    np.testing.assert_allclose(filtered_bc_loss(logp, 0 * logp, won), 3.5)
+    gradient = jax.grad(filtered_bc_loss)(logp, 0 * logp, won)
+    np.testing.assert_allclose(gradient, [[0, -0.5, 0], [0, -0.5, 0]])
+    assert float(filtered_bc_loss(logp, 0 * logp, jnp.zeros(3, bool))) == 0.0  # nobody won
+
+
+def test_winners_are_the_best_share_of_the_living():
+    total, alive = jnp.asarray([0.1, 0.9, 0.5, 0.7, 5.0]), jnp.asarray([1.0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(winners(total, alive, 0.25), [False, True, False, False, False])
+    np.testing.assert_array_equal(winners(total, alive, 0.5), [False, True, False, True, False])
+    np.testing.assert_array_equal(winners(total, alive, 1.0), [True] * 4 + [False])
+    np.testing.assert_array_equal(winners(0 * total, alive, 0.25), [True] * 4 + [False])  # equals win together
+    np.testing.assert_array_equal(winners(1e4 * total, alive, 0.5), winners(total, alive, 0.5))
+    assert not winners(total, jnp.zeros(5), 0.5).any()
+
+
+@given(st.sampled_from([1, 2, 9]), st.floats(0, 2), st.floats(0.05, 3), st.integers(0, 10_000))
+def test_the_other_objectives_match_their_equations(states, beta, number, seed):
+    """`number` is the temperature of AWR, and a tenth of it the clip of PPO."""
+    rng = np.random.default_rng(seed)
+    logp, old = (-rng.exponential(size=(states, 3)) for _ in range(2))
+    kl, advantage, total = rng.exponential(size=(states, 3)), rng.normal(size=(states, 3)), rng.normal(size=3)
+    lp, k, a, o = arrays(logp, kl, advantage, old)
+    close = lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    close(reinforce_loss(lp, k, a, beta=beta), reference.reinforce(logp, kl, advantage, beta))
+    scaled = normalize(a, jnp.ones(a.shape))
+    close(reinforce_loss(lp, k, scaled, beta=beta), reference.reinforce(logp, kl, advantage, beta, rms=True))
+    clipped = ppo_loss(lp, k, a, old_logp=o, clip=number / 10, beta=beta)
+    close(clipped, reference.ppo(logp, kl, advantage, old, number / 10, beta))
+    weighted = awr_loss(lp, k, a, temperature=number, max_weight=20.0, beta=beta)
+    close(weighted, reference.awr(logp, kl, advantage, number, 20.0, beta))
+    won = winners(jnp.asarray(total, jnp.float32), jnp.ones(3), 0.5)
+    close(filtered_bc_loss(lp, k, won, beta=beta), reference.filtered_bc(logp, kl, total, 0.5, beta))
+
+
+def test_pmpo_alone_ignores_the_scale_of_the_advantage():
+    losses = {"pmpo": pmpo_loss, "reinforce": reinforce_loss, "awr": awr_loss}
+    moved = {n: abs(float(f(LOGP, KL, 10 * ADVANTAGE) - f(LOGP, KL, ADVANTAGE))) for n, f in losses.items()}
+    assert moved["pmpo"] == 0 and min(moved["reinforce"], moved["awr"]) > 0.1
+    # Divided by its root mean square, the advantage has lost its scale for everyone, and kept its signs.
+    w = jnp.asarray([1.0, 2.0, 0.0, 1.0])
+    scaled = normalize(ADVANTAGE, w)
+    np.testing.assert_allclose(normalize(1e3 * ADVANTAGE, w), scaled, rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(w * scaled**2) / jnp.sum(w), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(jnp.sign(scaled), jnp.sign(ADVANTAGE))
+    np.testing.assert_array_equal(normalize(0 * ADVANTAGE, w), 0 * ADVANTAGE)

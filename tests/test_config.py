@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer4_jax import config as configs
-from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override, preset, to_dict
+from dreamer4_jax.config import Config, ConfigError, UserError, complete, from_dict, override, preset, to_dict
 from dreamer4_jax.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -300,3 +300,10 @@ def loaded(tree: ast.AST) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in called
     }
+
+
+def test_a_config_of_an_earlier_version_gets_the_new_fields_at_their_defaults():
+    recorded = to_dict(preset("tiny", **{"agent.alpha": 0.25}))
+    del recorded["agent"]["objective"], recorded["evaluate"]
+    assert from_dict(Config, complete(recorded)) == preset("tiny", **{"agent.alpha": 0.25})
+    assert complete({"agent": {"gone": 1}})["agent"]["gone"] == 1  # what is no longer known stays, and is refused later

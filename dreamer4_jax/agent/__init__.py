@@ -15,9 +15,11 @@ from dreamer4_jax.agent.objectives import (
     awr_loss,
     filtered_bc_loss,
     lambda_returns,
+    normalize,
     pmpo_loss,
     ppo_loss,
     reinforce_loss,
+    winners,
 )
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "lambda_returns",
     "logits_size",
     "mu_law_mouse",
+    "normalize",
     "pmpo_loss",
     "ppo_loss",
     "reinforce_loss",
     "symexp_bins",
     "symexp_twohot",
+    "winners",
 ]

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dreamer4_jax.agent.heads import PolicyHead, ValueHead
-from dreamer4_jax.agent.objectives import lambda_returns, pmpo_loss
+from dreamer4_jax.agent.objectives import (
+    awr_loss,
+    filtered_bc_loss,
+    lambda_returns,
+    masked_mean,
+    normalize,
+    pmpo_loss,
+    ppo_loss,
+    reinforce_loss,
+    winners,
+)
 from dreamer4_jax.config import AgentConfig
 from dreamer4_jax.world.dynamics import Actions
 from dreamer4_jax.world.oracle import TransitionOracle
@@ -68,30 +78,51 @@ def imagination_losses(
     cfg: AgentConfig,
     *,
     alive: Float[Array, " B"],
+    behaviour: PolicyHead | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Value loss on lambda-returns (Eq 10) and PMPO with the frozen behavioural prior (Eq 11).
+    """Value loss on lambda-returns (Eq 10) and PMPO with the frozen behavioural prior (Eq 11), or `agent.objective`.
 
     States after the imagined end of an episode count as much as the episode is likely to have lasted until them.
 
     Args:
       prior: the policy after behavioural cloning; nothing trains it.
       alive: 1 where the rollout's context is inside an episode, 0 where it had ended.
+      behaviour: the policy that acted in the rollout, if it isn't `policy`; PPO's ratios are to it.
     """
     h = jax.lax.stop_gradient(rollout.h)
     values = value.mean(h)
-    returns = jax.lax.stop_gradient(lambda_returns(rollout.reward, values, rollout.cont, cfg.gamma, cfg.lam))
+    reward = cfg.reward_scale * rollout.reward
+    returns = jax.lax.stop_gradient(lambda_returns(reward, values, rollout.cont, cfg.gamma, cfg.lam))
     alive = jax.lax.stop_gradient(jnp.cumprod(jnp.concatenate([alive[None], rollout.cont[:-1]]), axis=0))
     count = jnp.maximum(jnp.sum(alive), 1e-6)
     advantage = returns - jax.lax.stop_gradient(values[:-1])
     now = policy.next(h[:-1])
     kl = now.kl(prior.next(h[:-1]))
-    losses = {
-        "policy": pmpo_loss(now.log_prob(rollout.actions), kl, advantage, alpha=cfg.alpha, beta=cfg.beta, weight=alive),
-        "value": jnp.sum(alive * value.loss(h[:-1], returns)) / count,
-    }
-    metrics = {
+    logp = now.log_prob(rollout.actions)
+    used = normalize(advantage, alive) if cfg.normalize_advantage else advantage
+    metrics = {}
+    match cfg.objective:
+        case "pmpo":
+            loss = pmpo_loss(logp, kl, used, alpha=cfg.alpha, beta=cfg.beta, weight=alive)
+        case "reinforce":
+            loss = reinforce_loss(logp, kl, used, beta=cfg.beta, weight=alive)
+        case "ppo":
+            old = (behaviour or policy).next(h[:-1]).log_prob(rollout.actions)
+            loss = ppo_loss(logp, kl, used, old_logp=old, clip=cfg.ppo_clip, beta=cfg.beta, weight=alive)
+            outside = jnp.abs(jnp.exp(logp - old) - 1.0) > cfg.ppo_clip
+            metrics["ratio_outside_clip"] = masked_mean(outside.astype(jnp.float32), alive)
+        case "awr":
+            loss = awr_loss(logp, kl, used, temperature=cfg.awr_temperature, beta=cfg.beta, weight=alive)
+        case "filtered_bc":
+            won = winners(jnp.sum(alive * rollout.reward, axis=0), alive[0], cfg.bc_share)
+            loss = filtered_bc_loss(logp, kl, won, beta=cfg.beta, weight=alive)
+            metrics["winning_reward"] = masked_mean(jnp.sum(alive * rollout.reward, axis=0), won)
+        case "none":
+            loss = jnp.float32(0.0)
+    losses = {"policy": loss, "value": jnp.sum(alive * value.loss(h[:-1], returns)) / count}
+    metrics |= {
         "imagined_return": jnp.sum(alive[0] * returns[0]) / jnp.maximum(jnp.sum(alive[0]), 1e-6),
-        "imagined_reward": jnp.sum(alive * rollout.reward) / rollout.reward.shape[1],
+        "imagined_reward": jnp.sum(alive * reward) / reward.shape[1],
         "value_mean": jnp.sum(alive * values[:-1]) / count,
         "advantage_positive": jnp.sum(alive * (advantage >= 0)) / count,
         "kl_to_prior": jnp.sum(alive * kl) / count,

@@ -13,6 +13,7 @@ from dreamer4_jax.agent.heads import ContinueHead, PolicyHead, RewardHead, Value
 from dreamer4_jax.config import Config
 from dreamer4_jax.nn import cache as ring
 from dreamer4_jax.world.dynamics import Actions, Dynamics
+from dreamer4_jax.world.oracle import OracleState
 from dreamer4_jax.world.shortcut import observe
 from dreamer4_jax.world.tokenizer import Tokenizer, TokenizerCache, reset_streams
 
@@ -44,13 +45,36 @@ class ActorCritic(nnx.Module):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokenizer", "dynamics", "actions"], meta_fields=[])
 @dataclass(frozen=True)
-class _Memory:
+class Memory:
+    """What an acting policy remembers of its E streams; `actions` are the last ones, [E, ...]."""
+
     tokenizer: TokenizerCache
     dynamics: ring.Cache
-    actions: dict[str, Array]  # the last actions, [E, ...]
+    actions: dict[str, Array]
 
 
-def empty_memory(tokenizer: Tokenizer, dynamics: Dynamics, streams: int) -> _Memory:
+def see(
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    memory: Memory,
+    images: Array,
+    tasks: Int[Array, "B words"],
+    starting: Bool[Array, " B"],
+    key: Array,
+) -> tuple[OracleState, TokenizerCache]:
+    """The oracle's state after the frames uint8 [B, H, W, 3]; streams that are `starting` forget what was before."""
+    z, seen = tokenizer.encode_stream(images[:, None], reset_streams(memory.tokenizer, starting))
+    led = Actions(
+        {name: value[:, None] for name, value in memory.actions.items()},
+        {name: ~starting[:, None] for name in memory.actions},
+    )
+    cache = ring.reset(memory.dynamics, starting)
+    cache, h = observe(dynamics, cache, z, led, key, task=tasks[:, None])
+    assert h is not None
+    return OracleState(cache, z[:, 0].astype(jnp.float32), h[:, 0], tasks), seen
+
+
+def empty_memory(tokenizer: Tokenizer, dynamics: Dynamics, streams: int) -> Memory:
     """What is remembered of `streams` streams before their first frame."""
     actions = {}
     for part in dynamics.cfg.actions:
@@ -58,34 +82,27 @@ def empty_memory(tokenizer: Tokenizer, dynamics: Dynamics, streams: int) -> _Mem
         dtype = {"binary": jnp.uint8, "continuous": jnp.float32}.get(part.kind, jnp.int32)
         single = part.kind in ("categorical", "mouse")
         actions[part.name] = jnp.zeros((streams,) if single else (streams, part.size), dtype)
-    return _Memory(tokenizer.init_cache(streams), dynamics.init_cache(streams), actions)
+    return Memory(tokenizer.init_cache(streams), dynamics.init_cache(streams), actions)
 
 
 def decide(
     tokenizer: Tokenizer,
     dynamics: Dynamics,
     policy: PolicyHead,
-    memory: _Memory,
+    memory: Memory,
     images: Array,
     tasks: Int[Array, "B words"],
     starting: Bool[Array, " B"],
     key: Array,
     *,
     greedy: bool,
-) -> tuple[dict[str, Array], _Memory]:
+) -> tuple[dict[str, Array], Memory]:
     """The next actions of streams that see `images`; those that are `starting` have forgotten what they saw before."""
     noise, draw = jax.random.split(key)
-    z, seen = tokenizer.encode_stream(images[:, None], reset_streams(memory.tokenizer, starting))
-    led = Actions(
-        {name: value[:, None] for name, value in memory.actions.items()},
-        {name: ~starting[:, None] for name in memory.actions},
-    )
-    cache = ring.reset(memory.dynamics, starting)
-    cache, h = observe(dynamics, cache, z, led, noise, task=tasks[:, None])
-    assert h is not None
-    chosen = policy.next(h[:, 0])
+    state, seen = see(tokenizer, dynamics, memory, images, tasks, starting, noise)
+    chosen = policy.next(state.h)
     actions = chosen.mode() if greedy else chosen.sample(draw)
-    return actions, _Memory(seen, cache, actions)
+    return actions, Memory(seen, state.cache, actions)
 
 
 _act = jax.jit(decide, static_argnames="greedy", donate_argnums=3)
@@ -109,7 +126,7 @@ class WorldModelPolicy:
         self._key = jax.random.key(seed)
         self._greedy = greedy
         self._step = 0
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
         self._starting: np.ndarray | None = None
 
     def reset(self, starting: np.ndarray) -> None:
@@ -127,14 +144,10 @@ class WorldModelPolicy:
         if self._memory is None:
             self.reset(np.ones(len(images), bool))
         starting = np.zeros(len(images), bool) if self._starting is None else self._starting
-        actions, self._memory = _act(
-            *self._models,
-            self._memory,
-            images,
-            tasks,
-            starting,
-            jax.random.fold_in(self._key, self._step),
-            greedy=self._greedy,
-        )
+        actions = self._decide(images, tasks, starting, jax.random.fold_in(self._key, self._step))
         self._step, self._starting = self._step + 1, None
         return {name: np.asarray(value) for name, value in actions.items()}
+
+    def _decide(self, images: np.ndarray, tasks: np.ndarray, starting: np.ndarray, key: Array) -> dict[str, Array]:
+        actions, self._memory = _act(*self._models, self._memory, images, tasks, starting, key, greedy=self._greedy)
+        return actions

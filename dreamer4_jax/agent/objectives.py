@@ -1,13 +1,14 @@
 """Returns and policy objectives: lambda-returns (paper Eq 10), PMPO (paper Eq 11) and what PMPO is compared with.
 
 Every policy objective takes, per state and in any common shape: the log-probability of the taken action under the
-policy being trained, the KL of that policy to the frozen behavioural prior, and the advantage (held constant). `weight`
-is nonnegative, one per state; imagined states after a predicted end of episode have weight 0 and count nothing.
+policy being trained, the KL of that policy to the frozen behavioural prior, and the advantage (held constant; filtered
+cloning takes whether the rollout won). `weight` is nonnegative, one per state; imagined states after a predicted end of
+episode have weight 0 and count nothing. `agent.objective` chooses (`agent.imagination.imagination_losses`).
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def lambda_returns(
@@ -78,7 +79,7 @@ def reinforce_loss(
     beta: float = 0.3,
     weight: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
-    """Policy gradient with a value baseline: ``-mean(A logp) + beta mean KL``."""
+    """REINFORCE, a policy gradient with the value as baseline: ``-mean(A logp) + beta mean KL``."""
     w = _weights(weight, logp)
     return -masked_mean(jax.lax.stop_gradient(advantage) * logp, w) + beta * masked_mean(kl_to_prior, w)
 
@@ -93,7 +94,12 @@ def ppo_loss(
     beta: float = 0.3,
     weight: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
-    """Clipped surrogate: ``-mean min(ratio A, clip(ratio) A) + beta mean KL``; `old_logp` is the rollout policy's."""
+    """Clipped surrogate: ``-mean min(ratio A, clip(ratio) A) + beta mean KL``, ratio = exp(logp - old_logp).
+
+    Args:
+      old_logp: log-probability of the taken actions under the policy of the rollouts. If that is the trained policy
+        itself, every ratio is 1, nothing is clipped and the gradient is that of REINFORCE.
+    """
     w = _weights(weight, logp)
     advantage = jax.lax.stop_gradient(advantage)
     ratio = jnp.exp(logp - jax.lax.stop_gradient(old_logp))
@@ -120,12 +126,31 @@ def awr_loss(
 def filtered_bc_loss(
     logp: Float[Array, "..."],
     kl_to_prior: Float[Array, "..."],
-    advantage: Float[Array, "..."],
+    won: Bool[Array, "..."],
     *,
     beta: float = 0.3,
     weight: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
-    """Imitates the actions of nonnegative advantage alone: ``-mean_{D+} logp + beta mean KL``."""
+    """Imitates every action of the winning rollouts and no other: ``-mean_{won} logp + beta mean KL``.
+
+    What reinforcement learning by supervision (RvS) makes of imagination: copy the best imagined paths. An action's
+    own advantage plays no part, so what a winner did by mistake is imitated too.
+    """
     w = _weights(weight, logp)
-    good = jax.lax.stop_gradient(advantage) >= 0
-    return -masked_mean(logp, w * good) + beta * masked_mean(kl_to_prior, w)
+    return -masked_mean(logp, w * jnp.broadcast_to(won, logp.shape)) + beta * masked_mean(kl_to_prior, w)
+
+
+def winners(total: Float[Array, " B"], alive: Float[Array, " B"], share: float) -> Bool[Array, " B"]:
+    """The best `share` of the rollouts with ``alive > 0``: those that fewer than ``share n`` others beat (ties win)."""
+    inside = alive > 0
+    beaten_by = jnp.sum(inside[None, :] & (total[None, :] > total[:, None]), axis=1)
+    return inside & (beaten_by < share * jnp.sum(inside))
+
+
+def normalize(advantage: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Advantages over their weighted root mean square. No mean is taken off: the value is the baseline, and signs stay.
+
+    All zero stays zero.
+    """
+    square = masked_mean(advantage**2, weight)
+    return advantage * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))

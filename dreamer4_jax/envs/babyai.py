@@ -33,6 +33,8 @@ WORDS = (
 PADDING, UNKNOWN = 0, 1
 WORD_IDS = {word: i + 2 for i, word in enumerate(WORDS)}
 VOCABULARY = len(WORDS) + 2  # ids 0 .. VOCABULARY - 1; agent.task_vocab must be at least this
+# How random actions are drawn: left, right, forward, pick up, drop, toggle, done. Uniform ones would mostly do nothing.
+RANDOM = (0.2, 0.2, 0.35, 0.1, 0.08, 0.05, 0.02)
 
 
 def encode_task(mission: str, words: int) -> Int[np.ndarray, " words"]:
@@ -99,6 +101,9 @@ class Tiles:
 
 class BabyAIEnv(gymnasium.Wrapper):
     """One BabyAI level as pixels and task words. ``env.unwrapped`` is minigrid's own environment."""
+
+    shared: Sequence[str] = ("_tiles",)  # parts that copies may share (`evaluation.simulator.clone`)
+    random_shares = RANDOM
 
     def __init__(self, env: MiniGridEnv, config: EnvConfig, level: str, *, height: int, width: int, words: int):
         super().__init__(env)

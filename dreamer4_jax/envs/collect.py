@@ -1,4 +1,4 @@
-"""Records episodes by scripted policies: BabyAI's expert, the expert with bursts of random actions, aimless wandering.
+"""Records episodes by scripted policies: BabyAI's expert, the expert with bursts of random actions, random play.
 
 The data is meant to be mediocre: the noisy expert errs at any moment, also in front of the goal, so only a part of its
 episodes succeeds within ``env.max_steps``. Every episode is kept, successes and failures. Each shard is a function of
@@ -23,12 +23,9 @@ from dreamer4_jax.data import writer
 from dreamer4_jax.data.jobs import make_shards
 from dreamer4_jax.data.schema import Episode, action_array, chunks
 from dreamer4_jax.data.store import SPLITS, DatasetSpec
-from dreamer4_jax.envs import babyai
+from dreamer4_jax.envs import kinds
 
 POLICIES = ("bot", "noisy_bot", "aimless")
-ACTIONS = 7
-# How random actions are drawn: left, right, forward, pick up, drop, toggle, done. Uniform ones would mostly do nothing.
-RANDOM = (0.2, 0.2, 0.35, 0.1, 0.08, 0.05, 0.02)
 # Levels whose missions BabyAI's bot cannot solve, according to its own documentation and our trials.
 UNSOLVABLE = (
     "BabyAI-KeyInBox-v0",
@@ -49,6 +46,7 @@ class Scripted:
 
     def __init__(self, policy: str, data: DataConfig, env: gymnasium.Env, rng: np.random.Generator):
         self._rng, self._data, self._policy = rng, data, policy
+        self._shares = env.get_wrapper_attr("random_shares")
         self._bot = None if policy == "aimless" else BabyAIBot(env)
         self._taken: int | None = None
         self._burst = 0
@@ -75,7 +73,7 @@ class Scripted:
         return best
 
     def _random(self) -> int:
-        return int(np.searchsorted(np.cumsum(RANDOM), self._rng.random() * sum(RANDOM), side="right"))
+        return int(np.searchsorted(np.cumsum(self._shares), self._rng.random() * sum(self._shares), side="right"))
 
 
 def choose_policy(data: DataConfig, rng: np.random.Generator) -> str:
@@ -109,7 +107,8 @@ class DataPolicy:
         """Nothing to forget: `begin` starts each episode afresh."""
 
     def act(self, images: UInt8[np.ndarray, "E H W 3"], tasks: Int[np.ndarray, "E words"]) -> dict[str, np.ndarray]:
-        actions = np.full(len(images), ACTIONS - 1, np.int32)  # "done" does nothing in BabyAI
+        # "Done" does nothing in BabyAI, where alone there are experts that fail.
+        actions = np.full(len(images), kinds.KINDS["babyai"].actions - 1, np.int32)
         for stream in list(self._scripts):
             try:
                 actions[stream] = self._scripts[stream].act()
@@ -193,7 +192,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
     """The endless stream of episodes of one shard, a function of (seed, shard) and the config."""
     t, component = config.tokenizer, config.actions[0]
     tally = tally or _Tally()
-    envs: dict[str, babyai.BabyAIEnv] = {}
+    envs: dict[str, gymnasium.Env] = {}
     rng = np.random.default_rng([seed, shard])
     kept = 0
     while True:
@@ -201,7 +200,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
         policy = choose_policy(config.data, rng)
         episode_seed = int(rng.integers(FIRST_SEED, 2**31))
         if level not in envs:
-            envs[level] = babyai.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words)
+            envs[level] = kinds.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words)
         env = envs[level]
         first = env.reset(seed=episode_seed)
         meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}
@@ -235,11 +234,19 @@ def _make_shard(job: _Job) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """Raises `UserError` for a config whose episodes cannot be recorded, before anything is written."""
-    if len(config.actions) != 1 or config.actions[0].kind != "categorical" or config.actions[0].size != ACTIONS:
-        raise UserError(f"actions = {config.actions!r}: BabyAI takes one categorical component of size {ACTIONS}")
-    if config.agent.task_vocab < babyai.VOCABULARY:
+    kind = kinds.KINDS[config.env.kind]
+    if len(config.actions) != 1 or config.actions[0].kind != "categorical" or config.actions[0].size != kind.actions:
         raise UserError(
-            f"agent.task_vocab = {config.agent.task_vocab}: BabyAI's words need at least {babyai.VOCABULARY}"
+            f"actions = {config.actions!r}: {kind.name} takes one categorical component of size {kind.actions}"
+        )
+    if config.agent.task_vocab < kind.vocabulary:
+        raise UserError(
+            f"agent.task_vocab = {config.agent.task_vocab}: {kind.name}'s words need at least {kind.vocabulary}"
+        )
+    if not kind.expert and config.data.bot + config.data.noisy_bot > 0:
+        raise UserError(
+            f"data.bot = {config.data.bot}, data.noisy_bot = {config.data.noisy_bot}: must be 0, there is no scripted "
+            f"expert for {kind.name}"
         )
     if not config.env.levels:
         raise UserError("env.levels is empty: name at least one level, e.g. BabyAI-GoToLocal-v0")
@@ -249,7 +256,7 @@ def check_config(config: Config) -> None:
             raise UserError(
                 f"env.levels: BabyAI's bot cannot solve {level}; remove it, or set data.bot and data.noisy_bot to 0"
             )
-        babyai.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words).close()
+        kinds.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words).close()
     for name, value, least in (("chunk", d.chunk, 2), ("chunks_per_shard", d.chunks_per_shard, 1),
                                ("workers", d.workers, 1), ("frames", d.frames, 1)):  # fmt: skip
         if value < least:

@@ -130,7 +130,7 @@ def episode_seed(seed: int, index: int, level: str, use: int = 0) -> int:
     return int(sequence.generate_state(1)[0] >> 2)
 
 
-def _env_action(actions: dict[str, np.ndarray], stream: int) -> Any:
+def env_action(actions: dict[str, np.ndarray], stream: int) -> Any:
     """One categorical component goes to the environment as an int, several as a dictionary."""
     if len(actions) == 1:
         value = np.asarray(next(iter(actions.values())))[stream]
@@ -213,7 +213,7 @@ def evaluate_policy(
                 if active is None:
                     continue
                 index, env = active
-                observation, reward, terminated, truncated, info = env.step(_env_action(actions, stream))
+                observation, reward, terminated, truncated, info = env.step(env_action(actions, stream))
                 returns[index] += float(reward)
                 lengths[index] += 1
                 if not (terminated or truncated):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dreamer4_jax.config import Config, UserError
 from dreamer4_jax.data.store import Dataset
-from dreamer4_jax.envs.symbols import SymbolDecoder
+from dreamer4_jax.envs.kinds import Decoder, decoder
 from dreamer4_jax.evaluation.metrics import bootstrap_ci, psnr, ssim
 from dreamer4_jax.evaluation.worldmodel import PSNR_CAP, ClipScores, score_clips, step_table
 from dreamer4_jax.world.dynamics import Actions, Dynamics
@@ -33,7 +33,7 @@ class HeldOut:
     actions: dict[str, np.ndarray]
     present: dict[str, np.ndarray]
     context: int
-    decoder: SymbolDecoder | None  # None: no symbols are known, pictures alone are compared
+    decoder: Decoder | None  # None: no symbols are known, pictures alone are compared
 
     @classmethod
     def sample(cls, config: Config, frames: Dataset, tokens: Dataset, *, seed: int) -> "HeldOut":
@@ -53,7 +53,7 @@ class HeldOut:
             actions={n: np.stack([w[f"actions/{n}"] for w in raw]) for n in names},
             present={n: np.stack([w[f"present/{n}"] for w in raw]) for n in names},
             context=e.context,
-            decoder=SymbolDecoder(config.env.tile, config.env.view) if config.env.kind == "babyai" else None,
+            decoder=decoder(config),
         )
 
     def score(self, imagined: Float[np.ndarray, "n T H W 3"]) -> ClipScores:

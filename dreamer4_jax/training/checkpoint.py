@@ -16,7 +16,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from dreamer4_jax.config import UserError
+from dreamer4_jax.config import UserError, complete
 from dreamer4_jax.parallel.processes import is_main
 
 _ITEMS = ("state", "meta")
@@ -162,8 +162,10 @@ class Checkpointer:
         step = self._require(step)
         _check_seal(self.path(step))
         meta = self.meta(step)
+        recorded = complete(meta.get("config", {}))
         for section, expected in (config or {}).items():
-            if found := first_difference(meta.get("config", {}).get(section, "(absent)"), expected, section):
+            wanted = complete({section: expected})[section]
+            if found := first_difference(recorded.get(section, "(absent)"), wanted, section):
                 name, theirs, ours = found
                 raise CheckpointError(
                     f"checkpoint {self.path(step)} belongs to another config: {name} is {theirs!r} there and "

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dreamer4_jax.config import Config, ConfigError, UserError, to_dict
+from dreamer4_jax.config import Config, ConfigError, UserError, complete, to_dict
 from dreamer4_jax.parallel import processes
 from dreamer4_jax.parallel.mesh import make_mesh
 from dreamer4_jax.parallel.sharding import Rules, batch_shardings, check_rows
@@ -101,7 +101,7 @@ def _open_run(run_dir: str | Path, config: Config, resume: bool) -> Path:
     if not recorded.exists():
         raise UserError(f"run directory {path}: not empty, and no run (no config.json); choose another path")
     try:
-        theirs = json.loads(recorded.read_text())
+        theirs = complete(json.loads(recorded.read_text()))
     except ValueError as error:
         raise UserError(f"{recorded}: damaged ({error}); restore it or choose another run directory") from error
     if found := first_difference(theirs, to_dict(config)):

@@ -215,9 +215,12 @@ class ImaginationPhase:
         cut, roll = jax.random.split(key)
         oracle = TransitionOracle(None, frozen["dynamics"], frozen["reward"], frozen["cont"], steps=cfg.sample_steps)
         context, alive = cut_contexts(cut, batch, cfg.context)
-        rollout = imagine(oracle, model.policy, context, roll, horizon=cfg.horizon)
-        rollout = jax.lax.stop_gradient(rollout)
-        return imagination_losses(model.policy, model.value, frozen["prior"], rollout, cfg, alive=alive)
+        # PPO's proximal policy is the EMA: one step is made on a rollout, and to the trained policy all ratios are 1.
+        behaviour = ema.policy if cfg.objective == "ppo" else model.policy
+        rollout = jax.lax.stop_gradient(imagine(oracle, behaviour, context, roll, horizon=cfg.horizon))
+        return imagination_losses(
+            model.policy, model.value, frozen["prior"], rollout, cfg, alive=alive, behaviour=behaviour
+        )
 
     def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
         loader = _loader(self.full, self.config, self.dataset, part, 4, self.full.agent.relevant_fraction)
