@@ -66,7 +66,9 @@ def measure(layout: str, frames: int, tokens: int, limit: float, repeats: int) -
     net = jax.eval_shape(lambda key: Transformer(key, cfg), jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, frames, tokens, cfg.width), jnp.float32)
     compiled = jax.jit(jax.grad(loss)).lower(net, x).compile()
-    memory = compiled.memory_analysis().temp_size_in_bytes
+    analysed, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert analysed is not None and cost is not None
+    memory = analysed.temp_size_in_bytes
     milliseconds = None
     if memory <= limit:
         arrays = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), (net, x))
@@ -75,7 +77,7 @@ def measure(layout: str, frames: int, tokens: int, limit: float, repeats: int) -
         "layout": layout,
         "T": frames,
         "N": tokens,
-        "flops": float(compiled.cost_analysis()["flops"]),
+        "flops": float(cost["flops"]),
         "memory_bytes": int(memory),
         "milliseconds": milliseconds,
     }

@@ -148,7 +148,7 @@ def depths(run: Run, frames: int, lengths: Sequence[int]) -> list[dict[str, Any]
         array = jax.ShapeDtypeStruct((n,), jnp.int32)
         for name, f, per_round in (("list: walk", walk, 1), ("list: pointer jumping", pointer_jumping, n)):
             text = jax.jit(partial(f, n=n)).lower(array, array).compile().as_text()
-            found = depth(Module.parse(text), followed)
+            found = depth(Module.parse(text or ""), followed)
             rows.append({"program": name, "n": n, "depth": found.chain, "work": found.chain * per_round})
     model = run.model("dynamics")
     held = base.held_out(run, 1)
@@ -160,7 +160,7 @@ def depths(run: Run, frames: int, lengths: Sequence[int]) -> list[dict[str, Any]
             cut = jax.tree.map(lambda x: x[:, : 1 + length], actions)  # noqa: B023
             sample = jax.jit(partial(shortcut.generate, steps=k))
             text = sample.lower(model, z, cut, jax.random.key(0)).compile().as_text()
-            found = depth(Module.parse(text), in_scope("flow"))
+            found = depth(Module.parse(text or ""), in_scope("flow"))
             rows.append({"program": name, "n": k, "depth": found.chain, "work": found.work, "frames": length})
     return rows
 

@@ -169,6 +169,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         at.set_xlabel("network passes per frame" if across == "passes" else "milliseconds per frame, one stream")
         if at is distance:
             at.set_yscale("log")
+            at.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            at.yaxis.set_minor_formatter(lambda v, _: f"{v:g}")
             for row, colour in zip([r for r in rows if "pair" in r], ("#8a9099", "#8b63d6"), strict=True):
                 at.axhline(value(row["fvd_efflite0"]), color=colour, linestyle="--", linewidth=1)
                 ends.append((row["pair"], value(row["fvd_efflite0"]), colour))
@@ -215,9 +217,12 @@ def finding(rows: list[dict[str, Any]]) -> str:
         f"With {of(SHORTCUT)[0]['clips']} clips: {compared(SHORTCUT, few)}; {compared(DIFFUSION, few)}.",
         f"Two sets of real clips are {text(floor)} apart, reconstructed and real ones {text(rebuilt)}.",
         "With a single step diffusion forcing "
-        + ("is the worse one, as in the paper" if apart else "is not worse by tiles with intervals apart, unlike Fig 8")
-        + ": where the next frame follows from the last one and the action, as in most frames here, the mean over the "
-        "data that one step predicts is the frame itself, and there is less for a shortcut to learn than in Minecraft.",
+        + (
+            "is the worse one, as in the paper."
+            if apart
+            else "is not worse by tiles with intervals apart, unlike Fig 8: where the next frame follows from the last "
+            "one and the action, as in most frames here, the mean that one step predicts is the frame itself."
+        ),
     ]
     best = max(of(ADAPTIVE), key=lambda r: value(r["changed_accuracy"]))
     cheaper = [

@@ -134,11 +134,12 @@ def _depthwise(x: Array, kernel: Array, stride: int) -> Array:
     size = kernel.shape[0]
     height, width = (-(-n // stride) for n in x.shape[1:3])
     x = _pad(x, size, stride)
-    return sum(
+    taps = (
         x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride] * kernel[i, j, 0]
         for i in range(size)
         for j in range(size)
     )
+    return sum(taps, start=jnp.zeros((), x.dtype))
 
 
 @jax.jit

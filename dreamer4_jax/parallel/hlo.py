@@ -68,7 +68,7 @@ class Module:
             elif line.startswith("}"):
                 current = None
             elif current is not None and (found := _INSTRUCTION.match(line)):
-                current.append(_instruction(*found.groups()[1:], root=bool(found.group(1))))
+                current.append(_instruction(found.group(2), found.group(3), bool(found.group(1))))
         if not entry:
             raise ValueError("the text holds no ENTRY computation: is it the text of a compiled program?")
         return cls(computations, entry)
