@@ -1,4 +1,4 @@
-"""PMPO against other ways to learn from imagined rollouts: the sign of the advantage, its size, or the best paths alone.
+"""PMPO against other objectives of imagined rollouts: the sign of the advantage, its size, or the best paths alone.
 
     python -m experiments.pmpo                      # about 150 minutes on 2 cores (estimated), after `make quickstart`
     python -m experiments.pmpo --run DIR            # from another finished phase 2
@@ -44,17 +44,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "AWR, normalised": {"agent.objective": "awr", "agent.normalize_advantage": True},
     "cloning of the best paths": {"agent.objective": "filtered_bc"},
 }
+SWEPT: dict[str, Any] = dict(alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0))
+# None: what the run's config says; objectives: the first of the list above.
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(steps=2, episodes=4, alphas=(0.25,), betas=(), scales=(10.0,), seeds=1),
-    "laptop": dict(steps=None, episodes=None, alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0), seeds=None),
-    "tpu": dict(steps=2000, episodes=None, alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0, 3.0), scales=(0.01, 0.1, 10.0, 100.0),
-                seeds=None),
-}  # fmt: skip
+    "smoke": dict(steps=2, episodes=4, seeds=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
+    "laptop": dict(steps=None, episodes=None, seeds=None, objectives=None, **SWEPT),
+    "tpu": dict(steps=2000, episodes=None, seeds=None, objectives=None, **SWEPT),
+}
 
 
 def cells(size: Mapping[str, Any]) -> list[tuple[str, float, str, dict[str, Any]]]:
     """(group, place on its axis, objective, overrides) of every cell."""
     out = [("objective", float(i), name, changes) for i, (name, changes) in enumerate(OBJECTIVES.items())]
+    out = out[: size["objectives"]]
     for group, values in (("alpha", size["alphas"]), ("beta", size["betas"])):
         out += [(group, v, "PMPO", {**OBJECTIVES["PMPO"], f"agent.{group}": v}) for v in values]
     for name in ("PMPO", "REINFORCE"):

@@ -5,11 +5,11 @@
     python -m experiments.search --size smoke     # a few minutes: shows that it runs
 
 One frozen world model. Its policies, after phase 2 and after phase 3 (amortised), act at once; best of N, the
-cross-entropy method and Gumbel MuZero search it from the phase-2 policy as prior, with that policy's value (phase 3 with
-objective "none") at the leaves. The same searches in copies of the real environment separate what the model gets wrong
-from what the search does. All play the same episodes. Milliseconds are of one decision in one stream; `break_even` is
-the number of decisions after which training phase 3 was cheaper than searching (whose value was trained too: the
-`training_seconds` of its rows).
+cross-entropy method and Gumbel MuZero search it from the phase-2 policy as prior, with the value of that policy (phase
+3 with objective "none") at the leaves. The same searches in copies of the real environment separate what the model gets
+wrong from what the search does. All play the same episodes. Milliseconds are of one decision in one stream;
+`break_even` is the number of decisions after which training phase 3 was cheaper than searching (whose value was trained
+too: the `training_seconds` of its rows).
 """
 
 import time

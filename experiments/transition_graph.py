@@ -66,11 +66,18 @@ LAKE: dict[str, Any] = {
 }
 SMOKE: dict[str, Any] = {
     "name": "frozenlake-smoke",
-    "data.frames": 6000,
-    "data.chunks_per_shard": 8,
-    "train.tokenizer.steps": 30,
-    "train.dynamics.steps": 10,
-    "train.agent.steps": 5,
+    "data.frames": 4000,
+    "data.chunks_per_shard": 16,
+    "data.workers": 1,
+    "dynamics.transformer.width": 32,
+    "dynamics.transformer.head_dim": 8,
+    "dynamics.transformer.ffn": 48,
+    "train.tokenizer.steps": 20,
+    "train.dynamics.steps": 4,
+    "train.dynamics.length": 4,
+    "train.agent.steps": 2,
+    "train.agent.batch": 4,
+    "train.agent.length": 4,
 }
 # Samples of each state and action; the oracle's K. Random play reaches the goal in 1 of 70 episodes.
 SIZES: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
