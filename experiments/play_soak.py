@@ -98,6 +98,8 @@ async def client(number: int, port: int, tally: Tally, seed: int) -> None:
                 await frame()
                 tally.latency.append(time.perf_counter() - begun)
                 tally.frames += 1
+                if tally.frames >= tally.wanted:
+                    break
             if tally.joins % 3 == 0:
                 socket.transport.abort()  # gone without a word
 

@@ -8,7 +8,7 @@ import pytest
 
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.play import protocol as p
-from dreamer4_jax.play.engine import Engine, Full
+from dreamer4_jax.play.engine import GATHER, Engine, Full
 from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, Session
 from tests.play_fake import Clock, FakeSink, FakeWorld, make_engine
 from tests.toy_env import frame_action, frame_step, write_toy_dataset
@@ -173,6 +173,32 @@ def test_sessions_that_are_due_together_share_a_batch(engine, clock):
         engine.post(player.session, p.Step())
     a.round()
     assert [sorted(batch) for batch in engine.world.batches] == [[0, 1]]
+
+
+def test_one_waits_a_moment_for_those_who_got_their_last_frame_with_it(engine, clock):
+    a, b = Player(engine, clock), Player(engine, clock)
+    for player in (a, b):
+        engine.post(player.session, p.Step())
+    engine.receive()
+    engine.tick()
+    engine._gather = (engine._gather[0], 0.0, 1.0)  # as if that batch had taken a second
+    clock.now += 1.0
+    engine.post(a.session, p.Ack(a.last["n"]))
+    engine.post(a.session, p.Step())
+    engine.receive()
+    assert 0 < engine.tick() < 1.01 * GATHER and engine.batches == 1  # b has not acknowledged: it may ask at once
+    engine.post(b.session, p.Ack(b.last["n"]))
+    engine.post(b.session, p.Step())
+    engine.receive()
+    engine.tick()
+    assert [sorted(batch) for batch in engine.world.batches] == [[0, 1], [0, 1]]
+    clock.now += 1.0
+    engine.post(a.session, p.Step())
+    engine.receive()
+    engine.tick()
+    clock.now += 2 * GATHER
+    engine.tick()
+    assert sorted(engine.world.batches[-1]) == [0]  # nobody waits longer
 
 
 def test_each_session_has_its_own_k(engine, clock):

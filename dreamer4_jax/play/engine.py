@@ -30,6 +30,9 @@ log = logging.getLogger("dreamer4.play")
 WAITING = 8  # clients that may wait for a slot
 INBOX = 4096  # messages of all clients together that may wait for the engine
 TOGETHER = 0.004  # seconds: sessions due within this time share a batch
+# A batch costs the same for one as for all. Those who got a frame together ask for the next within milliseconds of each
+# other: the first waits for the others, for this share of what a batch takes and no longer than this many seconds.
+GATHER_SHARE, GATHER = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,11 @@ class Engine:
         self._waiting: deque[Session] = deque()
         self._sessions: dict[int, Session] = {}
         self._stop = threading.Event()
+        self._gather: tuple[frozenset[Session], float, float] = (
+            frozenset(),
+            0.0,
+            0.0,
+        )  # last batch: who, till, seconds
         self._films = ThreadPoolExecutor(1, thread_name_prefix="film")  # encoding holds nobody up
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -200,6 +208,8 @@ class Engine:
                 self._drop(session, "nothing was done for a while, and somebody waits for the place")
         at = {session: session.due() for session in self._sessions.values()}
         ready = [s for s, when in at.items() if when is not None and when <= now + TOGETHER]
+        if ready and (rest := self._others(ready, now)) > 0:
+            return rest
         if ready:
             begun = time.perf_counter()
             moves = {s.slot: s.move() for s in ready}
@@ -207,6 +217,7 @@ class Engine:
             spent = time.perf_counter() - begun
             self.frames += len(ready)
             self.batches += 1
+            self._gather = (frozenset(ready), 0.0, spent)
             for s in ready:
                 self._guard(s, partial(s.shown, views[s.slot], moves[s.slot], 1000 * spent))
         for session in list(self._sessions.values()):
@@ -216,6 +227,16 @@ class Engine:
         upcoming = [when for s in self._sessions.values() if (when := s.due()) is not None]
         # Half a second at most: clients that stall are noticed, and `stop` is.
         return min(0.5, max(0.0, min(upcoming, default=now + 0.5) - self.clock()))
+
+    def _others(self, ready: list[Session], now: float) -> float:
+        """Seconds for which those who are ready wait for others of the last batch who are about to be."""
+        batch, till, spent = self._gather
+        if not any(s.expected() for s in batch if s not in ready):
+            return 0.0
+        if not till:
+            till = now + min(GATHER, GATHER_SHARE * spent)
+            self._gather = (batch, till, spent)
+        return max(0.0, till - now)
 
     def _handle(self, session: Session, message: "Message | str") -> None:
         if message == "open":

@@ -257,6 +257,10 @@ class Session:
         """Whether the page has left a frame unacknowledged for too long."""
         return self._acked < self._sent and now - self._heard > STALL
 
+    def expected(self) -> bool:
+        """Whether the page is about to ask for a frame: it has one that it has not acknowledged yet."""
+        return not self.over and self._acked < self._sent
+
     def idle(self, now: float) -> bool:
         """Whether nobody seems to be there."""
         return now - self._touched > IDLE
