@@ -119,8 +119,8 @@ def score(learned: Mdp, count: np.ndarray, true: Mdp, limit: int) -> dict[str, A
 def graph(axes: Axes, mdp: Mdp, true: Mdp, places: np.ndarray) -> None:
     """Edges at their mean probability over the four actions; the greedy action of value iteration in each state."""
     value, policy = value_iteration(mdp, GAMMA)
-    mean, real = mdp.transition.mean(1), edges(true, 0).any(1)
-    found = edges(mdp, EDGE).any(1)
+    mean, real = mdp.transition.mean(1), np.any(edges(true, 0), axis=1)
+    found = np.any(edges(mdp, EDGE), axis=1)
     names = frozenlake.ACTIONS
     for s in range(len(places)):
         if true.terminal[s]:
@@ -129,7 +129,7 @@ def graph(axes: Axes, mdp: Mdp, true: Mdp, places: np.ndarray) -> None:
             colour = plots.PALETTE[0] if real[s, t] and found[s, t] else plots.PALETTE[1] if found[s, t] else "#bbbbbb"
             if t == s or t >= len(places):
                 continue  # what stays is written into the node; frames that show no state have no place
-            (x, y), (u, v) = places[s], min(true_places(t, places), key=lambda p: np.hypot(*(p - places[s])))
+            (x, y), (u, v) = places[s], min(true_places(int(t), places), key=lambda p: np.hypot(*(p - places[s])))
             style = dict(arrowstyle="-|>", color=colour, lw=0.6 + 5 * mean[s, t], shrinkA=13, shrinkB=13)
             style |= dict(connectionstyle="arc3,rad=0.15", linestyle="-" if found[s, t] else ":")
             axes.annotate("", (u, v), (x, y), arrowprops=style)

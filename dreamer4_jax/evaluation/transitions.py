@@ -43,13 +43,13 @@ class Play:
         (component,) = frames.spec.actions
         shown, coded = ([data.chunk("train", i) for i in range(data.chunks("train"))] for data in (frames, tokens))
         stack = lambda chunks, name: np.stack([c[name] for c in chunks])
+        names = ("latents", "reward", "is_first", "is_last", "is_terminal", "task")
         return cls(
-            np.stack([decoder.decode(c["frames"])[:, 0, 0] for c in shown]),
-            stack(coded, f"actions/{component.name}"),
-            stack(coded, f"present/{component.name}"),
-            stack(coded, "latents"),
-            *(stack(coded, name) for name in ("reward", "is_first", "is_last", "is_terminal", "task")),
-            component.name,
+            state=np.stack([decoder.decode(c["frames"])[:, 0, 0] for c in shown]),
+            move=stack(coded, f"actions/{component.name}"),
+            present=stack(coded, f"present/{component.name}"),
+            component=component.name,
+            **{name: stack(coded, name) for name in names},
         )
 
     def steps(self) -> dict[str, np.ndarray]:
