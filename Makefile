@@ -38,7 +38,7 @@ test: $(READY) ## Run the default tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m 'slow or multiprocess' -o faulthandler_timeout=3600 --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -m 'slow or multiprocess or aot' -o faulthandler_timeout=3600 --durations 10 $(ARGS)
 
 lint: $(READY) ## Check style and formatting
 	$(BIN)/ruff check .
