@@ -84,12 +84,12 @@ def quality(run: Run, size: dict[str, Any], track: Callable[..., Any]) -> list[d
     samplers += [(DIFFUSION, run.model("diffusion"), fixed, k) for k in ladder]
     samplers += [(ADAPTIVE, run.model("dynamics"), adapted, t) for t in size["tolerances"]]
     for name, model, sample, setting in track(samplers, f"seed {seed}: sampling"):
-        value = jnp.int32(setting) if sample is fixed else jnp.float32(setting)
-        z, passes = sample(model, *arguments(held, seed), value)
+        argument = jnp.int32(setting) if sample is fixed else jnp.float32(setting)
+        z, passes = sample(model, *arguments(held, seed), argument)
         video = decode(tokenizer, jnp.concatenate([jnp.asarray(held.latents[:, : held.context]), z], axis=1))
-        video, found = future(video), clip_features(future(video))
+        found = clip_features(future(video))
         single = [
-            time_jitted(partial(sample, model), (*arguments(part(held, slice(i, i + 1)), seed), value), repeats=1)
+            time_jitted(partial(sample, model), (*arguments(part(held, slice(i, i + 1)), seed), argument), repeats=1)
             for i in range(size["timed"])
         ]
         rows.append(
@@ -101,7 +101,7 @@ def quality(run: Run, size: dict[str, Any], track: Callable[..., Any]) -> list[d
                 "milliseconds": bootstrap_ci(np.array([1000 * t.median / z.shape[1] for t in single])),
                 **{
                     k: v
-                    for k, v in held.score(video).summary(())["average"].items()
+                    for k, v in held.score(np.asarray(video)[:, held.context :]).summary(())["average"].items()
                     if k in ("psnr", "ssim", "symbol_accuracy", "changed_accuracy")
                 },
                 "fvd_efflite0": frechet_interval(found, theirs),
