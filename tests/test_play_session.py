@@ -8,6 +8,7 @@ import pytest
 
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.play import protocol as p
+from dreamer4_jax.play import recording
 from dreamer4_jax.play.engine import GATHER, Engine, Full
 from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, Session
 from tests.play_fake import Clock, FakeSink, FakeWorld, make_engine
@@ -390,6 +391,15 @@ def test_a_recording_becomes_a_film_of_dream_and_reality(player):
         height, width = picture.shape[0], picture.shape[1]
         for x in (width // 4, 3 * width // 4):  # the middles of both panels
             assert abs(int(picture[height // 2, x, 0]) - 40 * (action + 1)) < 12
+
+
+def test_a_recording_that_is_full_is_written_by_itself(player, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(recording, "MAX_BYTES", 5 * 2 * 16 * 16 * 3)
+    player.send(p.Record(True), p.Rate(60.0), p.Run(True))
+    player.round(0.3)
+    assert not player.last["state"]["recording"]
+    assert any(m["t"] == "note" and "full" in m["text"] for m in player.sink.sent)
 
 
 def test_the_engine_says_what_ended_it(clock):

@@ -9,15 +9,16 @@ from PIL import Image, ImageDraw
 
 from dreamer4_jax.evaluation.media import GAP, MUTED, STRIP, TEXT, _font, enlarge
 
-MAX_FRAMES = 3000
+MAX_FRAMES, MAX_BYTES = 3000, 64 * 2**20  # of one recording, as it is kept until it is encoded
 HEAD = 28  # pixels of the line above the pictures
 
 
 class Film:
-    """Frames of a recording, at most `MAX_FRAMES`."""
+    """Frames of a recording, bounded in number and in memory."""
 
     def __init__(self, title: str, fps: float):
         self.title, self.fps = title, fps
+        self._bytes = 0
         self._shots: list[tuple[np.ndarray, np.ndarray | None, str]] = []
 
     def __len__(self) -> int:
@@ -25,11 +26,12 @@ class Film:
 
     @property
     def full(self) -> bool:
-        return len(self._shots) >= MAX_FRAMES
+        return len(self._shots) >= MAX_FRAMES or self._bytes >= MAX_BYTES
 
     def add(self, dream: UInt8[np.ndarray, "H W 3"], real: UInt8[np.ndarray, "H W 3"] | None, caption: str) -> None:
         """One more frame; `real` is None where there is no real environment."""
         self._shots.append((dream, real, caption))
+        self._bytes += dream.nbytes + (0 if real is None else real.nbytes)
 
     def mp4(self) -> bytes:
         """H.264 in an mp4 that browsers play. The real panel is there if any frame has one."""
