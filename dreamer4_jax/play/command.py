@@ -39,7 +39,8 @@ def make_engine(run: Any, *, slots: int) -> Any:
     except DataError as error:
         logging.getLogger("dreamer4.play").warning("no recorded episodes to begin from: %s", error)
         data = None
-    catalogue = Catalogue(config, data, run.make_env, context=config.dynamics.transformer.window)
+    make_env = None if config.env.kind == "none" else run.make_env
+    catalogue = Catalogue(config, data, make_env, context=config.dynamics.transformer.window)
     about = {
         "title": run.dir.name,
         "device": str(jax.devices()[0].device_kind),
