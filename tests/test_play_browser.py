@@ -147,8 +147,11 @@ def test_recording_downloads_a_film(player):
         expect(player.note).to_contain_text(f"frame {age}")
     with player.page.expect_download(timeout=60_000) as download:
         player.press("KeyM")
+    # On a busy machine a key can be down for long enough to count as held, and makes one frame more.
+    made = int(player.note.inner_text().split("frame ")[1].split()[0])
+    assert made >= 3
     with av.open(io.BytesIO(Path(download.value.path()).read_bytes())) as film:
-        assert len(list(film.decode(video=0))) == 4
+        assert len(list(film.decode(video=0))) == made + 1
     assert download.value.suggested_filename.endswith(".mp4")
 
 
