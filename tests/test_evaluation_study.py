@@ -25,7 +25,7 @@ def test_a_call_writes_its_command_seeds_machine_and_rows(tmp_path):
     path = throw(["--size", "smoke", "--out", str(tmp_path / "coin"), "--throws", "20"])
     tree = json.loads(path.read_text())
     assert tree["command"] == f"python -m experiments.coin --size smoke --out {tmp_path}/coin --throws 20"
-    assert tree["seeds"] == [0, 1] and tree["size"] == "smoke" and "jax" in tree["versions"]
+    assert tree["seeds"] == [0] and tree["size"] == "smoke" and "jax" in tree["versions"]
     assert tree["rows"][0]["heads"] == wilson_ci(5, 20)._asdict() and tree["rows"][0]["skew"] is None
     assert sorted(p.name for p in path.parent.iterdir()) == ["coin.json", "coin.png"]
     assert (path.parent / tree["figure"]).read_bytes().startswith(b"\x89PNG")
@@ -38,6 +38,12 @@ def test_only_the_laptop_size_writes_into_the_committed_results():
         "laptop": "experiments/results/coin",
         "tpu": "experiments/results/coin-tpu",
     }
+
+
+def test_the_smoke_size_takes_one_seed_unless_told():
+    assert STUDY.call("doc", ["--size", "laptop"]).seeds == (0, 1)
+    assert STUDY.call("doc", ["--size", "smoke"]).seeds == (0,)
+    assert STUDY.call("doc", ["--size", "smoke", "--seeds", "1", "0"]).seeds == (1, 0)
 
 
 def test_a_seed_that_stands_twice_is_refused(capsys):

@@ -80,13 +80,15 @@ class Study:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--size", choices=SIZES, default="laptop", help="how much is computed (laptop)")
-        parser.add_argument("--seeds", type=int, nargs="+", default=list(self.seeds), help="seeds (%(default)s)")
+        seeds = " ".join(map(str, self.seeds))
+        parser.add_argument("--seeds", type=int, nargs="+", help=f"seeds ({seeds}; of the smoke size the first alone)")
         parser.add_argument("--out", type=Path, help=f"directory of the results ({RESULTS / self.name})")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where its trainings are kept (runs)")
         if add:
             add(parser)
         argv = sys.argv[1:] if argv is None else list(argv)
         args = parser.parse_args(argv)
+        args.seeds = args.seeds or self.seeds[: 1 if args.size == "smoke" else None]
         if len(set(args.seeds)) < len(args.seeds):
             parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands there twice")
         from dreamer4_jax.parallel import start
