@@ -82,11 +82,11 @@ def draw(rows: list[dict[str, Any]]):
     labels = [f"{MIXES[m].replace(' (', chr(10) + '(')}\n{TEACHERS[t]} teacher" for m, t in order]
     for panel, k in zip(axes, [*steps, None], strict=True):
         for at, (mix, teacher) in enumerate(order):
-            mine = [r for r in rows if (r["mix"], r["teacher"]) == (mix, teacher) and (k is None or r["steps"] == k)]
+            mine = [r for r in rows if (r["mix"], r["teacher"]) == (mix, teacher) and r["steps"] == (k or steps[0])]
             for r, shift in zip(mine, np.linspace(-0.15, 0.15, len(mine)) if len(mine) > 1 else [0.0], strict=True):
                 color = plots.PALETTE[at]
                 if k is None:
-                    panel.plot(r["seconds_per_step"], at + shift, "o", color=color, markersize=4)
+                    panel.plot(1000 * r["seconds_per_step"], at + shift, "o", color=color, markersize=4)
                 else:
                     found = r["changed_accuracy"]
                     low, high = found["mean"] - found["low"], found["high"] - found["mean"]
@@ -100,7 +100,9 @@ def draw(rows: list[dict[str, Any]]):
                     )
         panel.set_yticks(range(len(order)), labels if panel is axes[0] else [""] * len(order))
         panel.set_ylim(len(order) - 0.5, -0.5)
-        panel.set_xlabel("seconds" if k is None else "right (%), one point a seed, 95 % of clips")
+        panel.set_xlabel(
+            "milliseconds, one point a seed" if k is None else "right (%), one point a seed, 95 % of clips"
+        )
         panel.grid(axis="x", alpha=0.14)
     return figure
 
