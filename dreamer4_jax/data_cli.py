@@ -7,15 +7,7 @@ from typing import Any
 
 from dreamer4_jax.config import UserError
 
-FORMATS = (
-    "gymnasium",
-    "lerobot",
-    "minari",
-    "rlds",
-    "vpt",
-    "npz",
-    "video",
-)  # data.readers.FORMATS imports more
+FORMATS = ("gymnasium", "lerobot", "minari", "rlds", "vpt", "npz", "video")  # those of data.readers, which imports more
 
 CONVERT = """\
 examples:

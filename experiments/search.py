@@ -81,10 +81,20 @@ def play(policy: Any, run: Run, episodes: int, streams: int) -> EvalResult:
 
 
 def measure(
-    run: Run, name: str, make: Any, size: Mapping[str, Any], search: Search | None, streams: int, train: float
+    run: Run,
+    name: str,
+    make: Any,
+    size: Mapping[str, Any],
+    search: Search | None,
+    streams: int,
+    train: float,
+    *,
+    real: bool = False,
 ) -> dict[str, Any]:
-    """One cell. `make()` gives a fresh policy; `train`: seconds of phase 3 behind it."""
-    steps = run.config.agent.sample_steps
+    """One cell. `make()` gives a fresh policy; `train`: seconds of phase 3 behind it; `real`: searched in copies of the
+    environment."""
+    # An imagined frame takes K passes and one that writes it; a real one is only written.
+    each = 1 if real else run.config.agent.sample_steps + 1
     policy = make()
     result = play(policy, run, size["episodes"], streams)
     frames = search.frames if search else 0
@@ -95,9 +105,9 @@ def measure(
         "return": bootstrap_ci(result.returns),
         "episodes": result.episodes,
         "milliseconds": milliseconds(make(), run, size["timed"]),
-        # One pass sees the frame; each imagined frame takes K and one that writes it.
-        "passes": 1 + frames * (steps + 1),
-        "dependent_passes": 1 + (search.dependent if search else 0) * (steps + 1),
+        # One more sees the frame that is decided on.
+        "passes": 1 + frames * each,
+        "dependent_passes": 1 + (search.dependent if search else 0) * each,
         "training_seconds": train,
     }
     if search:
@@ -145,7 +155,7 @@ def cells(call: Call, run: Run, seed: int) -> Iterator[dict[str, Any]]:
 
         # A tree keeps `depth` frames' history in each node, a rollout a whole window: bound what is held at once.
         streams = max(1, min(size["streams"], 1024 // search.budget))
-        row = measure(run, name, think, size, search, streams, value_cost)
+        row = measure(run, name, think, size, search, streams, value_cost, real=real)
         dearer = row["milliseconds"]["p50"] - amortised[2]["milliseconds"]["p50"]
         row["break_even"] = 1000 * cost / dearer if dearer > 0 else None
         yield row

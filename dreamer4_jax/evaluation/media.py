@@ -24,7 +24,7 @@ GAP = 6
 
 
 @cache
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
@@ -90,10 +90,10 @@ def grid(rows: Mapping[str, Any], *, scale: int = 2, context: int = 0, columns: 
         marked = i < context
         label = "context" if marked and not columns else (columns[i] if i < len(columns) else f"+{i - context + 1}")
         x = i * (width + GAP) + width // 2
-        draw.text((x, head // 2), label, CONTEXT if marked else MUTED, font=_font(13), anchor="mm")
+        draw.text((x, head // 2), label, CONTEXT if marked else MUTED, font=font(13), anchor="mm")
     for r, (name, value) in enumerate(frames.items()):
         y = head + r * (strip + height)
-        draw.text((4, y + strip // 2), name, TEXT, font=_font(size), anchor="lm")
+        draw.text((4, y + strip // 2), name, TEXT, font=font(size), anchor="lm")
         for i in range(n):
             image.paste(Image.fromarray(enlarge(value[i], scale)), (i * (width + GAP), y + strip))
     return _png(image)
@@ -148,8 +148,8 @@ def video(
                 picture = _outline(picture, np.asarray(wrong[name][t], bool), scale)
             x = i * (width + GAP)
             image.paste(Image.fromarray(picture), (x, strip))
-            draw.text((x + 8, strip // 2), name, TEXT, font=_font(18), anchor="lm")
-        draw.text((image.width - 8, strip // 2), state, colour, font=_font(16), anchor="rm")
+            draw.text((x + 8, strip // 2), name, TEXT, font=font(18), anchor="lm")
+        draw.text((image.width - 8, strip // 2), state, colour, font=font(16), anchor="rm")
         images.append(image)
     durations = [round(1000 / fps)] * length
     durations[-1] += 1200  # rest on the last frame

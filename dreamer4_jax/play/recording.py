@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from dreamer4_jax.evaluation.media import GAP, MUTED, STRIP, TEXT, _font, enlarge
+from dreamer4_jax.evaluation.media import GAP, MUTED, STRIP, TEXT, enlarge, font
 
 MAX_FRAMES, MAX_BYTES = 3000, 64 * 2**20  # of one recording, as it is kept until it is encoded
 HEAD = 28  # pixels of the line above the pictures
@@ -61,10 +61,10 @@ class Film:
         draw = ImageDraw.Draw(image)
         for i, (name, picture) in enumerate(panels):
             x = i * (wide + GAP)
-            draw.text((x + 8, HEAD // 2), name, TEXT, font=_font(15), anchor="lm")
+            draw.text((x + 8, HEAD // 2), name, TEXT, font=font(15), anchor="lm")
             if picture is not None:
                 image.paste(Image.fromarray(enlarge(picture, scale)), (x, HEAD))
-        draw.text((image.width - 8, HEAD // 2), caption, MUTED, font=_font(13), anchor="rm")
+        draw.text((image.width - 8, HEAD // 2), caption, MUTED, font=font(13), anchor="rm")
         pixels = np.asarray(image)
         # 4:2:0 wants even sides.
         return np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
