@@ -112,8 +112,8 @@ def measure(
     }
     if search:
         # Rewards come with the last step alone.
-        real = result.returns * run.config.agent.gamma ** (result.lengths - 1)
-        row["imagined_minus_real"] = bootstrap_ci(np.asarray(policy.believed) - real)
+        earned = result.returns * run.config.agent.gamma ** (result.lengths - 1)
+        row["imagined_minus_real"] = bootstrap_ci(np.asarray(policy.believed) - earned)
     return row
 
 

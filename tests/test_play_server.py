@@ -363,3 +363,17 @@ def test_ten_thousand_bad_messages_over_sockets_leave_the_server_whole():
         settles(lambda: engine.admitted == 1)
         assert len(engine.world.streams) == 1 and engine.error is None
         assert threading.active_count() <= threads + 2
+
+
+def test_the_address_is_told_once_it_takes_connections():
+    """Whoever reads it and comes at once must not be refused."""
+
+    class Enough(Exception):
+        pass
+
+    def ready(port):
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            raise Enough
+
+    with pytest.raises(Enough):
+        server.serve(server.Starlette(), "127.0.0.1", 0, ready=ready)

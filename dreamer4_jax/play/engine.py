@@ -12,19 +12,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from dreamer4_jax.config import UserError
 from dreamer4_jax.play import protocol
 from dreamer4_jax.play.catalogue import Catalogue
-from dreamer4_jax.play.controls import Action, Controls
+from dreamer4_jax.play.controls import Controls
 from dreamer4_jax.play.protocol import Message, ProtocolError
-from dreamer4_jax.play.session import Session
+from dreamer4_jax.play.session import Move, Session, Sink, View
 
 log = logging.getLogger("dreamer4.play")
 WAITING = 8  # clients that may wait for a slot
@@ -33,38 +31,6 @@ TOGETHER = 0.004  # seconds: sessions due within this time share a batch
 # A batch costs the same for one as for all. Those who got a frame together ask for the next within milliseconds of each
 # other: the first waits for the others, for this share of what a batch takes and no longer than this many seconds.
 GATHER_SHARE, GATHER = 0.1, 0.01
-
-
-@dataclass(frozen=True)
-class View:
-    """What the model shows of one stream after a frame, in NumPy.
-
-    Attributes:
-      frame: the decoded frame.
-      reward, cont, value: predicted with this frame; None where the run has no such head.
-      plan: component -> probabilities of the actions at offsets n = 0 .. mtp (categorical), empty without a policy.
-      choice: an action drawn from the policy for this state.
-      other: the same frame from another noise seed, if it was asked for.
-      again: the frame through the tokenizer and back, if doubt was asked for.
-    """
-
-    frame: UInt8[np.ndarray, "H W 3"]
-    reward: float | None = None
-    cont: float | None = None
-    value: float | None = None
-    plan: Mapping[str, Float[np.ndarray, "M A"]] | None = None
-    choice: Action | None = None
-    other: UInt8[np.ndarray, "H W 3"] | None = None
-    again: UInt8[np.ndarray, "H W 3"] | None = None
-
-
-@dataclass(frozen=True)
-class Move:
-    """What one stream does next: its action, its K, and whether the frame is sampled twice."""
-
-    action: Action
-    steps: int
-    doubt: bool = False
 
 
 class World(Protocol):
@@ -86,15 +52,6 @@ class World(Protocol):
 
 class Full(Exception):
     """No slot, and no place in the queue."""
-
-
-class Sink(Protocol):
-    """Where a session's messages go. Both are called from the engine's thread, and return at once."""
-
-    def send(self, payload: str | bytes) -> bool:
-        """False if the client does not take what it was sent."""
-
-    def close(self, reason: str) -> None: ...
 
 
 class Engine:
@@ -238,14 +195,15 @@ class Engine:
             self._gather = (batch, till, spent)
         return max(0.0, till - now)
 
-    def _handle(self, session: Session, message: "Message | str") -> None:
-        if message == "open":
+    def _handle(self, session: Session, message: Message | str) -> None:
+        if not isinstance(message, str):
+            if not session.over:
+                self._guard(session, partial(session.handle, message))
+        elif message == "open":
             self._waiting.append(session)
             self._seat()
-        elif message == "leave":
+        else:
             self._drop(session, "")
-        elif not session.over:
-            self._guard(session, lambda: session.handle(message))  # type: ignore[arg-type]
 
     def _guard(self, session: Session, act: Callable[[], None]) -> None:
         """What goes wrong in one session ends that one alone."""

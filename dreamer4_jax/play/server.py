@@ -288,7 +288,7 @@ def check_address(host: str, port: int, remote: bool) -> Guard:
 
 
 def serve(app: Starlette, host: str, port: int, *, ready: Callable[[int], None], log_level: str = "warning") -> None:
-    """Serves until Ctrl-C or SIGTERM. `ready` is called with the port once the socket is bound.
+    """Serves until Ctrl-C or SIGTERM. `ready` is called with the port once connections are taken.
 
     Bounds that hold before a session exists: size and number of messages, open connections, silent clients.
     """
@@ -312,5 +312,6 @@ def serve(app: Starlette, host: str, port: int, *, ready: Callable[[int], None],
         timeout_graceful_shutdown=5,
     )
     listener = config.bind_socket()
+    listener.listen()  # whoever reads the address and comes at once waits, and is not refused
     ready(listener.getsockname()[1])
     uvicorn.Server(config).run([listener])

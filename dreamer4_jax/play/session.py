@@ -3,10 +3,12 @@
 import json
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from dreamer4_jax.play import protocol
 from dreamer4_jax.play.catalogue import LiveEnv, Start, encode_image
@@ -15,7 +17,7 @@ from dreamer4_jax.play.protocol import ProtocolError
 from dreamer4_jax.play.recording import Film
 
 if TYPE_CHECKING:
-    from dreamer4_jax.play.engine import Engine, Move, Sink, View
+    from dreamer4_jax.play.engine import Engine
 
 IN_FLIGHT = 3  # frames that a page may leave unacknowledged
 STALL = 20.0  # seconds without an acknowledgement after which a client is dropped
@@ -25,6 +27,47 @@ FASTEST = 1 / 60  # seconds between two frames at least
 TAPS = 4  # key presses that are kept while frames are made
 FPS = 8.0
 DOUBTFUL = 0.06  # mean difference of a tile, in [0, 1], from which it is marked
+
+
+@dataclass(frozen=True)
+class View:
+    """What the model shows of one stream after a frame, in NumPy.
+
+    Attributes:
+      frame: the decoded frame.
+      reward, cont, value: predicted with this frame; None where the run has no such head.
+      plan: component -> probabilities of the actions at offsets n = 0 .. mtp (categorical), empty without a policy.
+      choice: an action drawn from the policy for this state.
+      other: the same frame from another noise seed, if it was asked for.
+      again: the frame through the tokenizer and back, if doubt was asked for.
+    """
+
+    frame: UInt8[np.ndarray, "H W 3"]
+    reward: float | None = None
+    cont: float | None = None
+    value: float | None = None
+    plan: Mapping[str, Float[np.ndarray, "M A"]] | None = None
+    choice: Action | None = None
+    other: UInt8[np.ndarray, "H W 3"] | None = None
+    again: UInt8[np.ndarray, "H W 3"] | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """What one stream does next: its action, its K, and whether the frame is sampled twice."""
+
+    action: Action
+    steps: int
+    doubt: bool = False
+
+
+class Sink(Protocol):
+    """Where a session's messages go. Both are called from the engine's thread, and return at once."""
+
+    def send(self, payload: str | bytes) -> bool:
+        """False if the client does not take what it was sent."""
+
+    def close(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +95,7 @@ def tile_difference(a: np.ndarray, b: np.ndarray, tile: int) -> np.ndarray:
 class Session:
     """The state of one client. All methods run on the engine's thread."""
 
-    def __init__(self, engine: "Engine", sink: "Sink"):
+    def __init__(self, engine: "Engine", sink: Sink):
         self.engine, self.sink = engine, sink
         self.slot = -1
         self.over = self.lost = False
@@ -278,10 +321,8 @@ class Session:
             return max(self._repeat, last + 1 / self.fps)
         return None
 
-    def move(self) -> "Move":
+    def move(self) -> Move:
         """What the stream does next, taken from taps, keys or the policy."""
-        from dreamer4_jax.play.engine import Move
-
         if self.policy and self._view is not None and self._view.choice is not None:
             action = self._view.choice
         elif self._taps:
@@ -295,7 +336,7 @@ class Session:
         self._times.append(now)
         return Move(action, self.k, self.doubt)
 
-    def shown(self, view: "View", move: "Move", milliseconds: float) -> None:
+    def shown(self, view: View, move: Move, milliseconds: float) -> None:
         """A frame has been made: the real environment follows, and the page gets both."""
         if self._live is not None:
             self._live.step(move.action)
@@ -305,7 +346,7 @@ class Session:
         self._shots.append(Shot(move.action, view.frame, steps, who))
         self._show(view, move.action, who, milliseconds)
 
-    def _show(self, view: "View", action: Action | None, who: str, milliseconds: float | None) -> None:
+    def _show(self, view: View, action: Action | None, who: str, milliseconds: float | None) -> None:
         assert self._start is not None
         self._view = view
         e, live = self.engine, self._live
@@ -340,7 +381,7 @@ class Session:
         self.send_bytes(protocol.pack(header, parts))
         self._filmed()
 
-    def _doubt(self, view: "View") -> dict[str, Any] | None:
+    def _doubt(self, view: View) -> dict[str, Any] | None:
         """How far two noise seeds disagree, and what the tokenizer changes about the frame, tile by tile."""
         if view.other is None or view.again is None:
             return None

@@ -17,7 +17,7 @@ from dreamer4_jax.evaluation.metrics import psnr
 from dreamer4_jax.evaluation.worldmodel import PSNR_CAP
 from dreamer4_jax.inference import load_phase, load_world, read_config
 from dreamer4_jax.play.catalogue import Start
-from dreamer4_jax.play.engine import Move, View
+from dreamer4_jax.play.session import Move, View
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import one_frame
@@ -80,7 +80,7 @@ class PlayWorld:
         nothing = _NoScalar()
         stand_in = Heads(nothing, nothing, _NoPolicy(cfg.actions))
         self._streams = Streams(tokenizer, dynamics, heads or stand_in, slots=slots, context=context)
-        self._models = jax.device_put((tokenizer, dynamics), jax.local_devices()[0])
+        self._models = self._streams.models[:2]  # cast once, and held once
         self._state = self._streams.empty()
 
     def warm_up(self) -> None:
