@@ -93,8 +93,10 @@ def _open(config: Config, args: argparse.Namespace) -> "Run":
 
 
 def _reopen(directory: str) -> "Run":
+    from dreamer4_jax.parallel.processes import choose_platform
     from dreamer4_jax.runner import Run
 
+    choose_platform()
     return Run.reopen(directory)
 
 
@@ -170,6 +172,9 @@ def _cmd_report(args: argparse.Namespace) -> None:
 
 def _cmd_bench(args: argparse.Namespace) -> None:
     """training and generation speed against this machine's matmul rate; `generate`: the sampler of every preset"""
+    from dreamer4_jax.parallel.processes import choose_platform
+
+    choose_platform()
     if args.part != "generate":
         from dreamer4_jax.bench import main
 
@@ -190,7 +195,9 @@ def _cmd_export(args: argparse.Namespace) -> None:
     from dreamer4_jax.export import export
     from dreamer4_jax.inference import load_world
     from dreamer4_jax.parallel.bucket import on_disk
+    from dreamer4_jax.parallel.processes import choose_platform
 
+    choose_platform()
     world = load_world(on_disk(args.run), phase=args.phase)
     platforms = tuple(filter(None, args.platforms.split(",")))
     print(export(world, args.out, greedy=args.greedy, dtype=args.dtype, platforms=platforms))

@@ -277,3 +277,28 @@ def test_an_interruption_that_was_saved_exits_with_42(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_cmd_run", stop)
     assert main(["run", "tiny"]) == 42
     assert "interrupted after step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "RUN"],
+        ["generate", "RUN"],
+        ["report", "RUN"],
+        ["play", "RUN"],
+        ["export", "RUN", "--out", "OUT"],
+        ["data", "tokenize", "RUN", "DATA"],
+        ["bench", "--out", "OUT"],
+    ],
+)
+def test_commands_of_one_process_do_not_look_for_a_tpu_that_is_not_there(argv, tmp_path, monkeypatch, capsys):
+    """Where the TPU compiler is installed, JAX would ask for a TPU and print pages of errors."""
+    from dreamer4_jax import bench
+    from dreamer4_jax.parallel import processes
+
+    chosen = []
+    monkeypatch.setattr(processes, "choose_platform", lambda: chosen.append(True))
+    monkeypatch.setattr(bench, "main", lambda out: None)
+    names = {"RUN": "run", "OUT": "out", "DATA": "data"}
+    code = cli.main([str(tmp_path / names[word]) if word in names else word for word in argv])
+    assert chosen == [True] and code == (0 if argv[0] == "bench" else 2)  # there is no such run

@@ -43,8 +43,7 @@ def start(timeout_s: int = JOIN_S) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has started already and keeps the devices it has
             jax.config.update("jax_num_cpu_devices", cores)
-    if "JAX_PLATFORMS" not in os.environ and _cpu_alone():
-        jax.config.update("jax_platforms", "cpu")
+    choose_platform()
     if COORDINATOR not in os.environ:
         if _tpu_here() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
             _join_pod(POD_S)
@@ -57,6 +56,13 @@ def start(timeout_s: int = JOIN_S) -> None:
     _muster(address, process, processes, timeout_s)
     jax.distributed.initialize(address, processes, process, initialization_timeout=timeout_s)
     _introduce()
+
+
+def choose_platform() -> None:
+    """CPU where there is nothing else, unless ``JAX_PLATFORMS`` says otherwise. `start` does it; so must every command
+    that computes in one process."""
+    if "JAX_PLATFORMS" not in os.environ and _cpu_alone():
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _introduce() -> None:
