@@ -124,3 +124,13 @@ def test_a_smaller_tolerance_never_takes_fewer_passes(model):
     context, actions, key = clip()
     counts = [int(adapted(model, context, actions, key, jnp.float32(t))[1][:, 0].sum()) for t in (2.0, 0.5, 0.1, 0.0)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_the_difference_of_two_frames_is_that_of_their_worst_token():
+    """Root-mean-square over its channels; what the other tokens do dilutes nothing."""
+    x = np.zeros((2, 1, 16, 4), np.float32)
+    y = x.copy()
+    y[0, 0, 3] = [0.3, -0.3, 0.3, -0.3]
+    y[1, 0, 5, 0] = 0.4  # one of four channels: half of it
+    y[1, 0, 9] = 0.1
+    np.testing.assert_allclose(adaptive.difference(jnp.asarray(x), jnp.asarray(y)), [0.3, 0.2], rtol=1e-6)
