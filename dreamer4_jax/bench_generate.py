@@ -31,7 +31,6 @@ from dreamer4_jax.nn.cache import Cache
 from dreamer4_jax.parallel.programs import generated_frame
 from dreamer4_jax.presets import PRESETS
 from dreamer4_jax.training.metrics import write_atomic
-from dreamer4_jax.world.shortcut import denoise
 from dreamer4_jax.world.streams import step_slots
 
 REFERENCE = "reference"  # the shapes that other implementations were measured at
@@ -141,9 +140,7 @@ def bench_stream(
     actions: Any = streams.no_actions(batch)
     k: Any = np.full(batch, steps, np.int32)
     tokenizer, dynamics, heads = streams.models
-    flops = matmul_flops(
-        lambda m, s: step_slots(m, s, actions, go, k, sampler=denoise), streams.models, state, trips=steps
-    )
+    flops = matmul_flops(lambda m, s: step_slots(m, s, actions, go, k), streams.models, state, trips=steps)
     read = (steps + 1) * _bytes(dynamics, state.cache) + _bytes(tokenizer.decoder, state.decoder, heads)
     timing = _time(lambda carry: streams.step(carry[0], actions, go, k), (state, shown), repeats)
     return row(timing, frames=batch, flops=flops, read=read, gflops=gflops, gbps=gbps)

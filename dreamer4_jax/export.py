@@ -26,7 +26,6 @@ from dreamer4_jax.agent.model import decide, empty_memory
 from dreamer4_jax.config import UserError, to_dict
 from dreamer4_jax.inference import World
 from dreamer4_jax.world.dynamics import Actions
-from dreamer4_jax.world.shortcut import denoise
 from dreamer4_jax.world.streams import Shown, StreamState, join_slots, step_slots
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -102,7 +101,7 @@ def export(
         models = jax.tree.unflatten(structure, weights)
         given = {name: x[None] for name, x in action.items()}
         before = _typed(jax.tree.unflatten(of_state, state))
-        after, shown = step_slots(models, before, given, jnp.ones(1, bool), steps[None], sampler=denoise)
+        after, shown = step_slots(models, before, given, jnp.ones(1, bool), steps[None])
         return jax.tree.leaves(_plain(after)), _first(shown)
 
     total = streams.context

@@ -1,6 +1,6 @@
 """Is the world model a transition graph? FrozenLake, learned from random play and compared edge by edge with its table.
 
-    python -m experiments.transition_graph                 # about 10 minutes on 2 cores
+    python -m experiments.transition_graph                 # about 15 minutes on 2 cores
     python -m experiments.transition_graph --size smoke    # under a minute: shows that it runs
 
 Gymnasium's slippery 4 x 4 lake: 13 states that look different (the four holes look, and are, the same), 4 actions, each
@@ -9,6 +9,9 @@ play. Then the oracle is asked for what follows every state and action, with K s
 to states, and the table of their frequencies is set beside the true one: edges, total variation (beside what sampling
 alone makes of it), rewards. Value iteration solves the learned table; its policy is valued in the true one. A table of
 the frequencies in the same random play is the control: it is what can be known from that play.
+
+A world whose future has several outcomes is also where few sampling steps are hard: plain diffusion forcing of the same
+size, data and number of steps is asked the same, with K = 1, 2, 4, .., k_max.
 """
 
 from typing import Any
@@ -35,6 +38,7 @@ from dreamer4_jax.evaluation.graph import (
 from dreamer4_jax.evaluation.study import Study, entry
 from dreamer4_jax.evaluation.transitions import Play, ask
 from dreamer4_jax.world.oracle import TransitionOracle
+from experiments import base
 from experiments.quickstart import QUICK
 
 STUDY = Study(
@@ -82,9 +86,14 @@ SMOKE: dict[str, Any] = {
 # Samples of each state and action; the oracle's K. Random play reaches the goal in 1 of 70 episodes.
 SIZES: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "smoke": (SMOKE, 8, (1,)),
-    "laptop": ({}, 256, (1, 4, 16)),
-    "tpu": ({"name": "frozenlake-long", "data.frames": 600_000, "train.dynamics.steps": 20_000}, 4096, (1, 4, 16)),
+    "laptop": ({}, 256, (1, 2, 4, 8, 16)),
+    "tpu": (
+        {"name": "frozenlake-long", "data.frames": 600_000, "train.dynamics.steps": 20_000},
+        4096,
+        (1, 2, 4, 8, 16),
+    ),
 }
+WORLD, SHORTCUT, DIFFUSION = "world model, after phase 2", "shortcut forcing", "diffusion forcing"
 
 
 def settings(size: str, seed: int) -> Config:
@@ -92,14 +101,12 @@ def settings(size: str, seed: int) -> Config:
     return override(preset("tiny"), {**LAKE, **SIZES[size][0], "seed": seed})
 
 
-def score(learned: Mdp, count: np.ndarray, true: Mdp, limit: int) -> dict[str, Any]:
-    """A learned table against the true one, over the states that an episode goes on in."""
+def frames_score(learned: Mdp, count: np.ndarray, true: Mdp) -> dict[str, Any]:
+    """What a learned table says of frames, against the true one, over the states that an episode goes on in."""
     inner = ~true.terminal
     asked = inner & (count.sum(1) > 0)
     distance = total_variation(learned.transition, true.transition)[asked]
     floor = sampling_floor(true.transition[asked], count[asked]).mean((1, 2))
-    _, policy = value_iteration(learned, GAMMA)
-    _, best = value_iteration(true, GAMMA)
     lost = learned.transition[asked][..., -1]  # the class of frames that show no state
     return {
         **precision_recall(edges(true, 0)[inner], edges(learned, EDGE)[inner]),
@@ -108,6 +115,16 @@ def score(learned: Mdp, count: np.ndarray, true: Mdp, limit: int) -> dict[str, A
         "unrecognised": float(lost.mean()),
         "total_variation": bootstrap_ci(distance.reshape(-1)),
         "sampling_alone": {"mean": floor.mean(), "low": np.quantile(floor, 0.025), "high": np.quantile(floor, 0.975)},
+    }
+
+
+def score(learned: Mdp, count: np.ndarray, true: Mdp, limit: int) -> dict[str, Any]:
+    """`frames_score`, rewards, and what planning in the learned table earns in the true one."""
+    asked = ~true.terminal & (count.sum(1) > 0)
+    _, policy = value_iteration(learned, GAMMA)
+    _, best = value_iteration(true, GAMMA)
+    return {
+        **frames_score(learned, count, true),
         "reward_error": bootstrap_ci(np.abs(learned.reward - true.reward)[asked].reshape(-1)),
         "return": float(return_within(true, policy, limit)[0]),
         "optimal_return": float(return_within(true, best, limit)[0]),
@@ -149,11 +166,10 @@ def true_places(state: int, places: np.ndarray) -> list[np.ndarray]:
     return [np.asarray([s % 4, s // 4], float) for s in np.flatnonzero(group == state)]
 
 
-def draw(row: dict[str, Any], learned: Mdp, true: Mdp) -> Figure:
-    """The true graph, the learned one, and all probabilities against each other."""
-    figure, (left, middle, right) = plots.panels(
-        ["The lake", f"Learned from random play (K = {row['steps']})", "Transition probabilities"], 4.4, 4.2
-    )
+def draw(row: dict[str, Any], learned: Mdp, true: Mdp, rows: list[dict[str, Any]]) -> Figure:
+    """The true graph, the learned one, all probabilities against each other, and their distance at each K."""
+    titles = ["The lake", f"Learned from random play (K = {row['steps']})", "Transition probabilities"]
+    figure, (left, middle, right, few) = plots.panels([*titles, "Total variation against sampling steps"], 4.4, 4.2)
     group = frozenlake.classes(LEVEL, 64, 64)
     places = np.stack([true_places(c, np.zeros(0))[0] for c in range(group.max() + 1)])
     graph(left, true, true, places)
@@ -167,6 +183,23 @@ def draw(row: dict[str, Any], learned: Mdp, true: Mdp) -> Figure:
     right.scatter((x + jitter)[shown], y[shown], s=9, c=colours[shown], alpha=0.7)
     right.set_xlabel("true probability (1/3, 2/3 or 1; orange: no such edge)")
     right.set_ylabel(f"share of {row['samples']} samples")
+    ends = []
+    for name, colour in ((DIFFUSION, plots.PALETTE[1]), (SHORTCUT, plots.PALETTE[0])):
+        for seed in dict.fromkeys(r["seed"] for r in rows):
+            found = [r for r in rows if r["model"] == name and r["seed"] == seed]
+            x = [r["steps"] for r in found]
+            y = np.asarray([[base.value(r["total_variation"], k) for k in ("mean", "low", "high")] for r in found])
+            spread = [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]]
+            few.errorbar(x, y[:, 0], yerr=spread, marker="o", capsize=2.5, color=colour)
+        ends.append((name, float(y[-1, 0]), colour))
+    floor = base.value(row["sampling_alone"])
+    few.axhline(floor, color=plots.INK, linewidth=0.8, linestyle=":")
+    ends.append(("sampling alone", floor, plots.INK))
+    few.set_xscale("log", base=2)
+    few.set_xticks(x, [str(k) for k in x])
+    few.set_ylim(bottom=0)
+    few.set_xlabel("sampling steps K of a frame (95 % over states and actions)")
+    plots.label_ends(few, ends)
     for axes, text in (
         (left, "blue: an edge, as wide as its mean probability over the actions\nin a state: best action, its value"),
         (
@@ -184,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, drawn = [], {}
     for seed in call.seeds:
         config = settings(call.size, seed)
-        run = call.run(config, "tokenizer", "dynamics", "agent")
+        run = call.run(config, "tokenizer", "dynamics", "diffusion", "agent")
         decoder = frozenlake.StateDecoder(LEVEL, config.tokenizer.height, config.tokenizer.width)
         states = len(decoder.names) + 1  # and the frames that show none
         group = frozenlake.classes(LEVEL, config.tokenizer.height, config.tokenizer.width)
@@ -193,28 +226,37 @@ def main(argv: list[str] | None = None) -> None:
         table, count = from_samples(**play.steps(), states=states, actions=4)
         visits = np.bincount(play.state.reshape(-1), minlength=states)
         rows.append({"seed": seed, "model": "table of the same play", "steps": 0, **score(table, count, true, 100)})
-        agent = run.model("agent")
-        for k in call.track(ladder, "asking the oracle"):
-            oracle = TransitionOracle(run.model("tokenizer"), agent.dynamics, agent.reward, agent.cont, steps=k)
+        agent, tokenizer = run.model("agent"), run.model("tokenizer")
+        models = {SHORTCUT: run.model("dynamics"), DIFFUSION: run.model("diffusion"), WORLD: agent.dynamics}
+        for k, name in call.track([(k, name) for name in models for k in ladder], "asking the oracle"):
+            # The heads belong to the model of phase 2: of the two others only frames count.
+            oracle = TransitionOracle(tokenizer, models[name], agent.reward, agent.cont, steps=k)
             asked = ask(oracle, play, decoder, actions=4, samples=samples, frames=config.agent.context, seed=seed)
             learned, count = from_samples(**asked, states=states, actions=4)
-            rows.append({"seed": seed, "model": "world model", "steps": k, **score(learned, count, true, 100)})
-            drawn[seed, k] = rows[-1], learned, true
+            found = score(learned, count, true, 100) if name == WORLD else frames_score(learned, count, true)
+            rows.append({"seed": seed, "model": name, "steps": k, **found})
+            if name == WORLD:
+                drawn[seed, k] = rows[-1], learned, true
     shown = drawn[call.seeds[0], 4 if 4 in ladder else ladder[0]]
-    call.write(rows, finding=describe(rows), figure=draw(*shown), visits=visits, states=decoder.names)
+    call.write(rows, finding=describe(rows), figure=draw(*shown, rows), visits=visits, states=decoder.names)
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
     """The rows of the first seed in words."""
     parts = []
     for r in (r for r in rows if r["seed"] == rows[0]["seed"]):
-        name = f"world model, K = {r['steps']}" if r["steps"] else r["model"]
-        tv, floor, gap = r["total_variation"], r["sampling_alone"], r["reward_error"]
+        name = f"{r['model']}, K = {r['steps']}" if r["steps"] else r["model"]
+        tv, floor, gap = r["total_variation"], r["sampling_alone"], r.get("reward_error")
         parts.append(
             f"{name}: {r['found']} edges found, {r['invented']} invented, {r['missed']} missed (precision "
             f"{r['precision']:.2f}, recall {r['recall']:.2f}); total variation {tv.mean:.3f} [{tv.low:.3f}, "
-            f"{tv.high:.3f}], {floor['mean']:.3f} by sampling alone; reward error {gap.mean:.3f}; its best policy "
-            f"reaches the goal with probability {r['return']:.3f} in the true lake (optimal {r['optimal_return']:.3f})"
+            f"{tv.high:.3f}], {floor['mean']:.3f} by sampling alone"
+            + (
+                f"; reward error {gap.mean:.3f}; its best policy reaches the goal with probability {r['return']:.3f} "
+                f"in the true lake (optimal {r['optimal_return']:.3f})"
+                if gap
+                else ""
+            )
         )
     return ". ".join(parts) + "."
 

@@ -1,5 +1,6 @@
 """Sessions on the engine's thread: pace, back-pressure, time travel, pilots, films, and who disturbs whom."""
 
+import math
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.play import protocol as p
 from dreamer4_jax.play import recording
 from dreamer4_jax.play.engine import GATHER, Engine, Full
-from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, Session
+from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, TOLERANCE, Session
 from tests.play_fake import Clock, FakeSink, FakeWorld, make_engine
 from tests.toy_env import frame_action, frame_step, write_toy_dataset
 
@@ -81,7 +82,7 @@ def tap(player: Player, label: str) -> None:
 
 def test_a_session_begins_with_a_greeting_and_the_first_frame_of_a_fresh_episode(player):
     hello = player.sink.sent[0]
-    assert hello["t"] == "hello" and hello["ladder"] == [1, 2, 4, 8] and hello["policy"] is True
+    assert hello["t"] == "hello" and hello["ladder"] == [1, 2, 4, 8, 0] and hello["policy"] is True
     assert player.age == 0 and player.last["real"] == {
         "psnr": 60.0,
         "right": 1.0,
@@ -206,7 +207,11 @@ def test_each_session_has_its_own_k(engine, clock):
     a, b = Player(engine, clock), Player(engine, clock)
     a.send(p.Steps(8), p.Step())
     b.send(p.Steps(1), p.Step())
-    assert [next(iter(batch.values())).steps for batch in engine.world.batches] == [8, 1]
+    a.send(p.Steps(0), p.Step())
+    a.round(0.5)
+    moves = [next(iter(batch.values())) for batch in engine.world.batches]
+    assert [(m.steps, m.tolerance) for m in moves] == [(8, math.inf), (1, math.inf), (1, TOLERANCE)]
+    assert a.last["state"]["k"] == 0
     a.send(p.Steps(3))
     assert "power of two" in a.sink.closed and b.sink.closed is None
 

@@ -29,7 +29,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         for module, name, fixed in (
             (world_streams, "_join", {"donate_argnums": 1}),
-            (world_streams, "_step", {"donate_argnums": 1, "static_argnames": "sampler"}),
+            (world_streams, "_step", {"donate_argnums": 1}),
             (world_streams, "_leave", {"donate_argnums": 0}),
             (play_world, "_second", {}),
             (play_world, "_again", {}),
@@ -60,8 +60,8 @@ def start(seed: int, frames: int = 2) -> Start:
     )
 
 
-def move(action: int, steps: int = 2, doubt: bool = False) -> Move:
-    return Move({"move": np.asarray(action, np.int32)}, steps, doubt)
+def move(action: int, steps: int = 2, doubt: bool = False, tolerance: float = np.inf) -> Move:
+    return Move({"move": np.asarray(action, np.int32)}, steps, doubt, tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,8 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_is_played(world):
         world.step({0: move(i % 3, 1), 2: move(2, 8, doubt=True)} if i % 2 else {2: move(0, 4)})
     world.start(0, start(3, frames=5))  # more frames than there is context
     world.step({0: move(1, doubt=True)})
+    views = world.step({0: move(1, 1, doubt=True, tolerance=0.0), 2: move(1, 4)})
+    assert views[0].passes > CONFIG.dynamics.k_max and views[2].passes == 4  # adaptive beside fixed steps
     for slot in (0, 2):
         world.leave(slot)
     assert programs() == before
@@ -178,7 +180,7 @@ def test_an_engine_of_a_run_plays_recorded_and_fresh_episodes_beside_the_real_en
     session = engine.admit(sink)
     engine.receive()
     hello = sink.sent[0]
-    assert hello["levels"] == ["BabyAI-GoToObj-v0", "BabyAI-GoToLocal-v0"] and hello["ladder"] == [1, 2, 4, 8]
+    assert hello["levels"] == ["BabyAI-GoToObj-v0", "BabyAI-GoToLocal-v0"] and hello["ladder"] == [1, 2, 4, 8, 0]
     number, length = max(enumerate(e["frames"] for e in hello["episodes"]), key=lambda x: x[1])
     for message in (p.StartRecorded(number, length - 2), p.Hold((1,)), p.Hold(())):
         engine.post(session, message)

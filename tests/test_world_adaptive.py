@@ -134,3 +134,28 @@ def test_the_difference_of_two_frames_is_that_of_their_worst_token():
     y[1, 0, 5, 0] = 0.4  # one of four channels: half of it
     y[1, 0, 9] = 0.1
     np.testing.assert_allclose(adaptive.difference(jnp.asarray(x), jnp.asarray(y)), [0.3, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_denoise_without_a_tolerance_takes_equal_steps(model, history, steps):
+    cache, _, actions, *_ = history
+    keys = jax.random.split(jax.random.key(1), B)
+    plain = jax.jit(shortcut.denoise)(model, cache, actions, keys, steps=jnp.full(B, steps))
+    z, passes = jax.jit(adaptive.denoise)(
+        model, cache, actions, keys, steps=jnp.full(B, steps), tolerance=jnp.full(B, jnp.inf)
+    )
+    assert passes.tolist() == [steps] * B
+    np.testing.assert_allclose(z, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_denoise_refines_each_stream_by_its_own_tolerance_and_no_coarser_than_its_steps(model, history):
+    cache, _, actions, *_ = history
+    keys = jax.random.split(jax.random.key(1), B)
+    adapt = jax.jit(adaptive.denoise)
+    steps, tolerance = jnp.array([1, K_MAX // 2, K_MAX]), jnp.array([1e6, 1e6, 0.0])
+    z, passes = adapt(model, cache, actions, keys, steps=steps, tolerance=tolerance)
+    # Two steps after a comparison; pairs of finest steps, which are compared with nothing; finest steps alone.
+    assert passes.tolist() == [3, K_MAX, K_MAX]
+    for b, equal in enumerate((2, K_MAX, K_MAX)):
+        plain = jax.jit(shortcut.denoise)(model, cache, actions, keys, steps=jnp.full(B, equal))
+        np.testing.assert_allclose(z[b], plain[b], rtol=1e-4, atol=1e-4)

@@ -29,7 +29,6 @@ from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.envs.starts import Starts
 from dreamer4_jax.inference import World, load_world, recording
 from dreamer4_jax.world.dynamics import Actions
-from dreamer4_jax.world.shortcut import denoise
 from dreamer4_jax.world.streams import Models, StreamState, join_slots, step_slots
 
 Rewards = Literal["mean", "sampled"]
@@ -54,7 +53,7 @@ def _advance(
     *,
     rewards: Rewards,
 ) -> tuple[StreamState, dict[str, Array]]:
-    state, shown = step_slots(models, state, actions, go, steps, sampler=denoise)
+    state, shown = step_slots(models, state, actions, go, steps)
     # A key of the frame that the stream's own draws do not use.
     keys = jax.vmap(lambda k, age: jax.random.split(jax.random.fold_in(jax.random.fold_in(k, age), 1)))(
         state.key, state.age

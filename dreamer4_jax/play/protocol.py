@@ -83,9 +83,9 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Steps:
-    """K, the sampling steps of a frame."""
+    """K, the sampling steps of a frame; 0: as many as each frame needs."""
 
-    k: Annotated[int, Range(1, 4096)]
+    k: Annotated[int, Range(0, 4096)]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ REPEAT = 0.25  # seconds after which a held key repeats, while not running
 FASTEST = 1 / 60  # seconds between two frames at least
 TAPS = 4  # key presses that are kept while frames are made
 FPS = 8.0
+TOLERANCE = 0.1  # of adaptive sampling: RMS difference of the worst token between one step and two
 DOUBTFUL = 0.06  # mean difference of a tile, in [0, 1], from which it is marked
 
 
@@ -40,6 +41,7 @@ class View:
       choice: an action drawn from the policy for this state.
       other: the same frame from another noise seed, if it was asked for.
       again: the frame through the tokenizer and back, if doubt was asked for.
+      passes: sampling steps that it took; None if it was not sampled.
     """
 
     frame: UInt8[np.ndarray, "H W 3"]
@@ -50,15 +52,18 @@ class View:
     choice: Action | None = None
     other: UInt8[np.ndarray, "H W 3"] | None = None
     again: UInt8[np.ndarray, "H W 3"] | None = None
+    passes: int | None = None
 
 
 @dataclass(frozen=True)
 class Move:
-    """What one stream does next: its action, its K, and whether the frame is sampled twice."""
+    """What one stream does next: its action, its K, whether the frame is sampled twice, and from which difference on
+    steps are halved (`world.adaptive`)."""
 
     action: Action
     steps: int
     doubt: bool = False
+    tolerance: float = math.inf
 
 
 class Sink(Protocol):
@@ -136,7 +141,7 @@ class Session:
         """The client has a slot: what the page needs to know, and a first dream."""
         e = self.engine
         self._touched = e.clock()
-        ladder = [2**i for i in range(e.world.k_max.bit_length())]
+        ladder = [*(2**i for i in range(e.world.k_max.bit_length())), 0]  # 0: adaptive
         self.send(
             {
                 "t": "hello",
@@ -211,7 +216,7 @@ class Session:
                 self._rewind(frames)
             case p.Steps(k):
                 if k > self.engine.world.k_max or k & (k - 1):
-                    raise ProtocolError(f"K = {k}: must be a power of two up to {self.engine.world.k_max}")
+                    raise ProtocolError(f"K = {k}: must be 0 or a power of two up to {self.engine.world.k_max}")
                 self.k = k
             case p.Rate(fps):
                 self.fps, self._next = fps, now
@@ -334,6 +339,8 @@ class Session:
         # On the beat while the engine keeps up, without catching up on what was missed.
         self._next = max(self._next + 1 / self.fps, now)
         self._times.append(now)
+        if self.k == 0:
+            return Move(action, 1, self.doubt, TOLERANCE)
         return Move(action, self.k, self.doubt)
 
     def shown(self, view: View, move: Move, milliseconds: float) -> None:
@@ -367,6 +374,7 @@ class Session:
             "who": who,
             "action": None if action is None else e.controls.describe(action),
             "ms": number(milliseconds, 1),
+            "passes": view.passes,
             "fps": number(self._rate(), 1),
             "reward": number(view.reward),
             "cont": number(view.cont),

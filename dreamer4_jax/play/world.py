@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dreamer4_jax.agent.actions import ActionDistribution, distribution, logits_size
 from dreamer4_jax.config import ActionComponent, Config
@@ -19,9 +19,9 @@ from dreamer4_jax.inference import load_phase, load_world, read_config
 from dreamer4_jax.play.catalogue import Start
 from dreamer4_jax.play.session import Move, View
 from dreamer4_jax.training.loop import model_path
+from dreamer4_jax.world import adaptive
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import one_frame
-from dreamer4_jax.world.shortcut import denoise
 from dreamer4_jax.world.streams import Heads, Shown, Streams, StreamState, to_bytes
 from dreamer4_jax.world.tokenizer import Tokenizer
 
@@ -51,11 +51,16 @@ class _NoScalar:
 
 @jax.jit
 def _second(
-    tokenizer: Tokenizer, dynamics: Dynamics, state: StreamState, actions: dict[str, Array], steps: Int[Array, " S"]
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    state: StreamState,
+    actions: dict[str, Array],
+    steps: Int[Array, " S"],
+    tolerance: Float[Array, " S"],
 ) -> UInt8[Array, "S Y X 3"]:
     """The next frame of every stream, from another noise seed than the stream's own."""
     keys = jax.vmap(lambda key, age: jax.random.fold_in(jax.random.fold_in(key, OTHER_SEED), age))(state.key, state.age)
-    z = denoise(dynamics, state.cache, one_frame(actions), keys, steps=steps)
+    z, _ = adaptive.denoise(dynamics, state.cache, one_frame(actions), keys, steps=steps, tolerance=tolerance)
     return to_bytes(tokenizer.decode_after(state.decoder, z)[0][:, 0])
 
 
@@ -79,7 +84,7 @@ class PlayWorld:
         self._has_value = heads is not None and heads.value is not None
         nothing = _NoScalar()
         stand_in = Heads(nothing, nothing, _NoPolicy(cfg.actions))
-        self._streams = Streams(tokenizer, dynamics, heads or stand_in, slots=slots, context=context)
+        self._streams = Streams(tokenizer, dynamics, heads or stand_in, slots=slots, context=context, adaptive=True)
         self._models = self._streams.models[:2]  # cast once, and held once
         self._state = self._streams.empty()
 
@@ -87,7 +92,8 @@ class PlayWorld:
         """Compiles everything that play needs."""
         self._streams.warm_up()
         actions = self._streams.no_actions(self.slots)
-        frames = _second(*self._models, self._state, actions, np.ones(self.slots, np.int32))
+        once, never = np.ones(self.slots, np.int32), np.full(self.slots, np.inf, np.float32)
+        frames = _second(*self._models, self._state, actions, once, never)
         jax.block_until_ready(_again(self._models[0], frames))
 
     def start(self, slot: int, start: Start) -> View:
@@ -99,17 +105,18 @@ class PlayWorld:
     def step(self, moves: Mapping[int, Move]) -> dict[int, View]:
         actions = self._streams.no_actions(self.slots)
         advance, steps = np.zeros(self.slots, bool), np.ones(self.slots, np.int32)
+        tolerance = np.full(self.slots, np.inf, np.float32)
         for slot, move in moves.items():
-            advance[slot], steps[slot] = True, move.steps
+            advance[slot], steps[slot], tolerance[slot] = True, move.steps, move.tolerance
             for name, value in move.action.items():
                 actions[name][slot] = value
         doubted = [slot for slot, move in moves.items() if move.doubt]
         other = again = None
         if doubted:  # before the step, which uses up the state
-            asked = np.ones(self.slots, np.int32)
-            asked[doubted] = steps[doubted]
-            other = _second(*self._models, self._state, actions, asked)
-        self._state, shown = self._streams.step(self._state, actions, advance, steps)
+            asked, limit = np.ones(self.slots, np.int32), np.full(self.slots, np.inf, np.float32)
+            asked[doubted], limit[doubted] = steps[doubted], tolerance[doubted]
+            other = _second(*self._models, self._state, actions, asked, limit)
+        self._state, shown = self._streams.step(self._state, actions, advance, steps, tolerance)
         if doubted:
             other, again = jax.device_get((other, _again(self._models[0], shown.frame)))
         values = self._read(shown)
@@ -123,13 +130,14 @@ class PlayWorld:
 
     @staticmethod
     def _read(shown: Shown) -> dict[str, Any]:
-        names = ("frame", "reward", "cont", "value", "action", "intention")
+        names = ("frame", "reward", "cont", "value", "action", "intention", "passes")
         return jax.device_get({name: getattr(shown, name) for name in names})
 
     def _view(self, values: dict[str, Any], slot: int, other: np.ndarray | None, again: np.ndarray | None) -> View:
         """One slot's part, copied: a view would keep the whole batch in memory."""
         frame = values["frame"][slot].copy()
-        doubt = {
+        doubt: dict[str, Any] = {
+            "passes": int(values["passes"][slot]) or None,
             "other": None if other is None else other[slot].copy(),
             "again": None if again is None else again[slot].copy(),
         }

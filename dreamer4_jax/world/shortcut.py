@@ -249,10 +249,11 @@ def denoise(
     """
     size = 1.0 / jnp.asarray(steps, jnp.float32)
     with jax.named_scope("denoise"):
-        return _steps(dynamics, cache, actions, _noise(dynamics, cache, key), size, 0, steps)
+        return _steps(dynamics, cache, actions, start_noise(dynamics, cache, key), size, 0, steps)
 
 
-def _noise(dynamics: Dynamics, cache: Cache, key: Array) -> Float[Array, "B 1 N C"]:
+def start_noise(dynamics: Dynamics, cache: Cache, key: Array) -> Float[Array, "B 1 N C"]:
+    """Pure noise in the shape of a frame of every stream."""
     t = dynamics.cfg.tokenizer
     return _normal(key, (cache.pos.shape[0], 1, t.tokens, t.token_channels))
 
@@ -315,7 +316,7 @@ def write_and_start(
 
     Returns the cache, the new frame's noise, and what the pass predicts of it.
     """
-    noise = _noise(dynamics, cache, keys[1])
+    noise = start_noise(dynamics, cache, keys[1])
     z, tau, d = (
         jnp.concatenate([x, y], axis=1)
         for x, y in zip(

@@ -9,7 +9,7 @@ A frame takes K passes and one more that writes it and reads reward, value and p
 action, person or policy, has seen them. `shortcut.generate`, where all actions are known before, does without.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -20,14 +20,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dreamer4_jax.nn import cache as ring
+from dreamer4_jax.world import adaptive
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.oracle import ContinueLike, RewardLike, one_frame
 from dreamer4_jax.world.precision import cast_once
 from dreamer4_jax.world.shortcut import denoise, observe
 from dreamer4_jax.world.tokenizer import Tokenizer
-
-# (dynamics, cache, actions, keys [B], steps=[B]) -> z [B, 1, N, C], as `shortcut.denoise`.
-Sampler = Callable[..., Float[Array, "B 1 N C"]]
 
 
 class PolicyLike(Protocol):
@@ -47,7 +45,7 @@ class Heads:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "decoder", "z", "h", "frame", "task", "key", "age", "active"],
+    data_fields=["cache", "decoder", "z", "h", "frame", "task", "key", "age", "passes", "active"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class StreamState:
       task: int32 [S, words].
       key: typed keys [S], from the seed of each `join`.
       age: int32 [S], frames sampled since `join`.
+      passes: int32 [S], sampling steps that the last frame took; 0 if it is of the context.
       active: bool [S], between `join` and `leave`.
     """
 
@@ -74,12 +73,13 @@ class StreamState:
     task: Int[Array, "S words"]
     key: Array
     age: Int[Array, " S"]
+    passes: Int[Array, " S"]
     active: Bool[Array, " S"]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["frame", "reward", "cont", "value", "action", "greedy", "intention", "z", "h", "age"],
+    data_fields=["frame", "reward", "cont", "value", "action", "greedy", "intention", "z", "h", "age", "passes"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Shown:
       action: component -> [S, ...], drawn by the policy for the next step; greedy: its mode.
       intention: component -> [S, M, A], probabilities of classes or keys (means, if continuous) of the next M actions.
       z: [S, N, C] clean tokens, h: [S, D] read-out, age: int32 [S] frames sampled since `join`.
+      passes: int32 [S], sampling steps that the frame took; 0 if it is of the context.
     """
 
     frame: UInt8[Array, "S Y X 3"]
@@ -106,6 +107,7 @@ class Shown:
     z: Float[Array, "S N C"]
     h: Float[Array, "S D"]
     age: Int[Array, " S"]
+    passes: Int[Array, " S"]
 
 
 Models = tuple[Tokenizer, Dynamics, Heads]
@@ -138,6 +140,7 @@ def show(heads: Heads, state: StreamState) -> Shown:
         z=state.z,
         h=state.h,
         age=state.age,
+        passes=state.passes,
     )
 
 
@@ -179,6 +182,7 @@ def join_slots(
         task=put(state.task, task),
         key=put(state.key, keys[:, 0]),
         age=put(state.age, 0),
+        passes=put(state.passes, 0),
         active=put(state.active, True),
     )
     return state, show(heads, state)
@@ -200,6 +204,7 @@ def _leave(state: StreamState, slot: Int[Array, ""]) -> StreamState:
         task=clear(state.task),
         key=state.key,
         age=clear(state.age),
+        passes=clear(state.passes),
         active=clear(state.active),
     )
 
@@ -210,17 +215,25 @@ def step_slots(
     actions: dict[str, Array],
     advance: Bool[Array, " S"],
     steps: Int[Array, " S"],
-    *,
-    sampler: Sampler,
+    tolerance: Float[Array, " S"] | None = None,
 ) -> tuple[StreamState, Shown]:
-    """One frame in every active slot that `advance` marks, in as many passes as the largest of their `steps`, and one
-    that writes the frames and reads h."""
+    """One frame in every active slot that `advance` marks, in as many passes as the most demanding of them takes, and
+    one that writes the frames and reads h.
+
+    Args:
+      tolerance: refines the `steps` of each slot (`adaptive.denoise`); None for equal steps and a smaller program.
+    """
     tokenizer, dynamics, heads = models
     go = advance & state.active
     noise, write, _ = _keys(state)
     led = one_frame(actions)
     # A slot that rests asks for one pass, so that it never makes the others wait.
-    z = sampler(dynamics, state.cache, led, noise, steps=jnp.where(go, steps, 1))
+    passes = jnp.where(go, steps, 1)
+    if tolerance is None:
+        z = denoise(dynamics, state.cache, led, noise, steps=passes)
+    else:
+        limit = jnp.where(go, tolerance, jnp.inf)
+        z, passes = adaptive.denoise(dynamics, state.cache, led, noise, steps=passes, tolerance=limit)
     cache, h = observe(dynamics, state.cache, z, led, write, task=state.task[:, None], streams=go)
     assert h is not None
     video, decoder = tokenizer.decode_after(state.decoder, z, streams=go)
@@ -237,13 +250,14 @@ def step_slots(
         task=state.task,
         key=state.key,
         age=state.age + go,
+        passes=keep(passes, state.passes),
         active=state.active,
     )
     return state, show(heads, state)
 
 
 _join = jax.jit(join_slots, donate_argnums=1)
-_step = jax.jit(step_slots, donate_argnums=1, static_argnames="sampler")
+_step = jax.jit(step_slots, donate_argnums=1)
 
 
 class Streams:
@@ -253,8 +267,7 @@ class Streams:
       context: frames of context that a `join` computes; of longer ones the last count.
       dtype: "bfloat16" or "float32" for the transformers' products, instead of the config's. Either way the weights
         are cast once, here.
-      sampler: makes the next frame, like `shortcut.denoise`, its default. `steps` of `step` reaches it as it is, an
-        int32 for each slot. Must be hashable, and the same object in every `Streams` that is to share its program.
+      adaptive: the program of `step` can refine the steps of a slot by its `tolerance`.
     """
 
     def __init__(
@@ -266,7 +279,7 @@ class Streams:
         slots: int,
         context: int | None = None,
         dtype: str | None = None,
-        sampler: Sampler = denoise,
+        adaptive: bool = False,
     ):
         self.config = dynamics.cfg
         self.slots = slots
@@ -278,7 +291,7 @@ class Streams:
         # Bound to a device from the start, as everything is that a jitted function returns: one program, not two.
         self._device = jax.local_devices()[0]
         self.models: Models = jax.device_put(models, self._device)
-        self._sampler = sampler
+        self.adaptive = adaptive
 
     def empty(self) -> StreamState:
         """The state in which no slot has been joined."""
@@ -294,6 +307,7 @@ class Streams:
             task=jnp.zeros((s, c.agent.task_words), jnp.int32),
             key=jax.random.split(jax.random.key(0), s),
             age=jnp.zeros((s,), jnp.int32),
+            passes=jnp.zeros((s,), jnp.int32),
             active=jnp.zeros((s,), bool),
         )
         return jax.device_put(state, self._device)
@@ -367,6 +381,7 @@ class Streams:
         actions: Mapping[str, np.ndarray],
         advance: Bool[np.ndarray, " S"],
         steps: Int[np.ndarray, " S"] | int,
+        tolerance: Float[np.ndarray, " S"] | float = np.inf,
     ) -> tuple[StreamState, Shown]:
         """Makes one frame in every joined slot that `advance` marks; the others stay as they are, bit for bit.
 
@@ -374,17 +389,24 @@ class Streams:
           actions: component -> [S, ...]; those of resting slots are ignored.
           steps: K of each slot, or of all: a power of two up to dynamics.k_max. The call takes as many passes as the
             largest of those that advance, and one more, which writes the frames and reads h.
+          tolerance: of each slot, or of all: a slot's steps are halved where the frame that they lead to would differ
+            by more than this (`adaptive.difference`); infinite for `steps` equal ones. Needs `adaptive`.
         """
         go = np.asarray(advance)
         if go.shape != (self.slots,) or go.dtype != bool:
             raise ValueError(f"advance {go.dtype}{list(go.shape)}: must be one bool for each of the {self.slots} slots")
         k = np.broadcast_to(np.asarray(steps, np.int32), (self.slots,))
-        if self._sampler is denoise:
-            k_max = self.config.dynamics.k_max
-            wrong = k[go & ((k < 1) | (k > k_max) | (k & (k - 1) != 0))]
-            if len(wrong):
-                raise ValueError(f"steps = {wrong[0]}: must be a power of two up to dynamics.k_max = {k_max}")
-        return _step(self.models, state, self._actions(actions, self.slots), go, k, sampler=self._sampler)
+        k_max = self.config.dynamics.k_max
+        wrong = k[go & ((k < 1) | (k > k_max) | (k & (k - 1) != 0))]
+        if len(wrong):
+            raise ValueError(f"steps = {wrong[0]}: must be a power of two up to dynamics.k_max = {k_max}")
+        limit = np.broadcast_to(np.asarray(tolerance, np.float32), (self.slots,))
+        if not (limit >= 0).all():
+            raise ValueError(f"tolerance = {limit[~(limit >= 0)][0]:g}: must be at least 0")
+        if not self.adaptive and np.isfinite(limit).any():
+            raise ValueError(f"tolerance = {limit.min():g}: only Streams(adaptive=True) refine their steps")
+        given = self._actions(actions, self.slots)
+        return _step(self.models, state, given, go, k, limit if self.adaptive else None)
 
     def warm_up(self) -> None:
         """Compiles everything, so that the first stream waits for nothing."""

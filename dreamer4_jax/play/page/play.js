@@ -80,7 +80,7 @@ function greet(message) {
   document.title = `${hello.title} · dreamer4`;
   status("on", `connected · ${hello.device}`);
   $("k").max = hello.ladder.length - 1;
-  $("k-ticks").replaceChildren(...hello.ladder.map((k) => Object.assign(document.createElement("span"), { textContent: k })));
+  $("k-ticks").replaceChildren(...hello.ladder.map((k) => Object.assign(document.createElement("span"), { textContent: k || "auto" })));
   pads = hello.controls.map(padButton);
   $("pad").replaceChildren(...pads.map((p) => p.button));
   $("pad-note").textContent = hello.policy
@@ -90,6 +90,9 @@ function greet(message) {
   $("mind").hidden = !hello.policy;
   $("fresh").hidden = !hello.levels.length;
   $("recorded").hidden = !hello.episodes.length;
+  $("real-absent").textContent = hello.levels.length
+    ? "No real environment beside this start: the recorded episode could not be restored from its seed."
+    : "This model learned from recorded video: there is no environment to compare it with.";
   $("level").replaceChildren(...hello.levels.map((name, i) => new Option(name, i)));
   $("episode").replaceChildren(...hello.episodes.map((e, i) =>
     new Option([`${i}`, e.mission, `${e.frames} frames`, e.policy].filter(Boolean).join(" · "), i)));
@@ -145,8 +148,7 @@ function show(s) {
   const rung = hello.ladder.indexOf(s.k);
   if (rung >= 0 && document.activeElement !== $("k")) $("k").value = rung;
   if (document.activeElement !== $("fps")) $("fps").value = s.fps;
-  $("k-out").textContent = s.k;
-  $("k").setAttribute("aria-valuetext", `K = ${s.k}`);
+  sayK(s.k);
   $("fps-out").textContent = s.fps;
   $("doubt").checked = s.doubt;
 }
@@ -300,6 +302,13 @@ function moveK(by) {
   $("k").dispatchEvent(new Event("input"));
 }
 
+/** K = 0: each frame takes the steps that it needs; those of the frame on the screen are told. */
+function sayK(k) {
+  const words = k || (shown?.passes ? `adaptive: took ${shown.passes}` : "adaptive");
+  $("k-out").textContent = words;
+  $("k").setAttribute("aria-valuetext", k ? `K = ${k}` : words);
+}
+
 const typing = (target) => target.closest("dialog, select, input:not([type=checkbox])");
 
 addEventListener("keydown", (event) => {
@@ -340,8 +349,7 @@ $("pilot").addEventListener("click", () => {
 });
 $("k").addEventListener("input", () => {
   const k = hello.ladder[+$("k").value];
-  $("k-out").textContent = k;
-  $("k").setAttribute("aria-valuetext", `K = ${k}`);
+  sayK(k);
   say("steps", { k });
 });
 $("fps").addEventListener("input", () => {
