@@ -45,11 +45,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cloning of the best paths": {"agent.objective": "filtered_bc"},
 }
 SWEPT: dict[str, Any] = dict(alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0))
-# None: what the run's config says; objectives: the first of the list above.
+# None: what the run's config says, or all; objectives: the first of the list above; swept: seeds of the sweeps.
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(steps=2, episodes=4, seeds=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
-    "laptop": dict(steps=None, episodes=None, seeds=None, objectives=None, **SWEPT),
-    "tpu": dict(steps=2000, episodes=None, seeds=None, objectives=None, **SWEPT),
+    "smoke": dict(steps=2, episodes=4, seeds=1, swept=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
+    "laptop": dict(steps=None, episodes=None, seeds=None, swept=3, objectives=None, **SWEPT),
+    "tpu": dict(steps=2000, episodes=None, seeds=None, swept=None, objectives=None, **SWEPT),
 }
 
 
@@ -66,11 +66,15 @@ def cells(size: Mapping[str, Any]) -> list[tuple[str, float, str, dict[str, Any]
 
 def across(results: Sequence[EvalResult]) -> Interval:
     """Success: Student's interval over the seeds' rates, each with its own training; of one seed, Wilson's."""
-    rates = np.asarray([r.success.mean() for r in results])
-    if len(rates) == 1:
+    if len(results) == 1:
         return wilson_ci(int(results[0].success.sum()), results[0].episodes)
-    half = student.ppf(0.975, len(rates) - 1) * rates.std(ddof=1) / np.sqrt(len(rates))
-    return Interval(float(rates.mean()), float(rates.mean() - half), float(rates.mean() + half))
+    return student_ci([r.success.mean() for r in results])
+
+
+def student_ci(x: Sequence[float]) -> Interval:
+    """The mean of two or more numbers with Student's 95 % interval."""
+    half = student.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / np.sqrt(len(x))
+    return Interval(float(np.mean(x)), float(np.mean(x) - half), float(np.mean(x) + half))
 
 
 def train_and_play(
@@ -148,10 +152,17 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def describe(rows: Sequence[Mapping[str, Any]]) -> str:
     text = lambda r: "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * np.asarray(r["success"])))
     named = [r for r in rows if r["group"] == "objective"]
+    ours = next((r["rates"] for r in named if r["objective"] == "PMPO"), [])
+    less = []
+    for r in named if len(ours) > 1 else []:
+        if r["objective"] != "PMPO":
+            d = student_ci(100 * (np.asarray(r["rates"]) - ours))
+            less.append(f"{r['objective']} {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]")
     swept = [f"{r['objective']} at {r['group']} {r['value']:g} {text(r)}" for r in rows if r["group"] != "objective"]
     return (
-        f"Success over {len(named[0]['rates'])} seeds of phase 3: "
+        f"Success over {len(named[0]['rates'])} seeds of phase 3 (of the sweeps {len(rows[-1]['rates'])}): "
         + "; ".join(f"{r['objective']} {text(r)}" for r in named)
+        + (f". Points more than PMPO, paired by seed: {'; '.join(less)}" if less else "")
         + ". Sweeps: "
         + "; ".join(swept)
         + "."
@@ -164,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     run = base.finished(call, 0)
     rows = []
     for group, value, name, changes in call.track(cells(size)):
-        found = [train_and_play(call, run, name, changes, seed) for seed in call.seeds[: size["seeds"]]]
+        seeds = call.seeds[: size["seeds" if group == "objective" else "swept"]]
+        found = [train_and_play(call, run, name, changes, seed) for seed in seeds]
         curves = np.asarray([curve for _, curve in found])  # [seeds, records, 2]
         rows.append(
             {
@@ -175,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
                 "rates": [float(r.success.mean()) for r, _ in found],
                 "positive": curves.mean(0),
                 "episodes": found[0][0].episodes,
+                "seeds": seeds,
             }
         )
     call.write(rows, finding=describe(rows), figure=draw(rows), base=run.config.name, base_seed=run.config.seed)
