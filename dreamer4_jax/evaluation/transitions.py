@@ -77,7 +77,9 @@ class Play:
 
 
 @jax.jit
-def _ask(oracle: TransitionOracle, context: Any, move: dict[str, Array], key: Array):
+def query(oracle: TransitionOracle, context: Any, move: dict[str, Array], key: Array):
+    """What follows `move` [B] after contexts (latents, moves, present, task, segments): the frames, uint8 [B, H, W, 3],
+    rewards and probabilities that the episode goes on."""
     latents, before, present, task, segments = context
     look, step = jax.random.split(key)
     (name,) = move
@@ -113,7 +115,7 @@ def ask(
             piece = np.resize(np.arange(start, min(start + STREAMS, len(move))), STREAMS)
             key = jax.random.fold_in(jax.random.key(seed), state * len(move) + start)
             chosen = {play.component: move[piece]}
-            frame, reward, cont = map(np.asarray, _ask(oracle, [x[piece] for x in context], chosen, key))
+            frame, reward, cont = map(np.asarray, query(oracle, [x[piece] for x in context], chosen, key))
             real = slice(0, min(STREAMS, len(move) - start))
             distance = decoder.distances(frame[real])
             after = np.where(distance.min(-1) <= decoder.nearest / 4, distance.argmin(-1), states)
