@@ -135,11 +135,9 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
         run.evaluate_world_model()
     for name in names:
         summary = run.evaluate_policy(name, levels=args.levels.split(",") if args.levels else ()).summary()
-        success, back = summary["success"], summary["return"]
-        print(
-            f"{name:24s} success {success['mean']:.3f} [{success['low']:.3f}, {success['high']:.3f}]"
-            f"  return {back['mean']:.3f} [{back['low']:.3f}, {back['high']:.3f}]  episodes {summary['episodes']}"
-        )
+        known = ((key, summary[key]) for key in ("success", "return") if summary[key])
+        found = "  ".join(f"{key} {i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]" for key, i in known)
+        print(f"{name:24s} {found}  episodes {summary['episodes']}")
     run.report()
 
 

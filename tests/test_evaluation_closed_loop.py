@@ -111,7 +111,7 @@ def test_random_policy_succeeds_as_often_as_chance():
 
 
 def test_every_policy_sees_the_same_episodes():
-    scripted = ScriptedPolicy(lambda env, seed: lambda: env.colour, name="script")
+    scripted = ScriptedPolicy(lambda env, seed: lambda: env.colour, MOVE, name="script")
     results, seeds = [], []
     for policy, envs in ((Oracle(), 7), (RandomPolicy(MOVE), 7), (Oracle(), 60), (scripted, 1)):
         results.append(play(policy, envs=envs))
@@ -134,19 +134,28 @@ def test_episode_seeds_are_stable_and_below_those_of_recordings():
     assert episode_seed(0, 5, "a") == episode_seed(0, 5, "a")
 
 
-def test_bad_arguments_and_a_missing_success_flag():
+def test_bad_arguments():
     with pytest.raises(UserError, match="levels"):
         evaluate_policy(Oracle(), Lights, (), episodes=1, envs=1, seed=0)
     with pytest.raises(UserError, match="at least 1"):
         evaluate_policy(Oracle(), Lights, ("easy",), episodes=0, envs=1, seed=0)
 
+
+def test_an_environment_need_not_say_what_success_is():
     class Silent(Lights):
         def step(self, action):
             observation, reward, terminated, truncated, info = super().step(action)
             return observation, reward, terminated, truncated, {"mission": info["mission"]}
 
-    with pytest.raises(UserError, match="success"):
-        evaluate_policy(Oracle(), Silent, ("easy",), episodes=1, envs=1, seed=0)
+    first, second = (
+        evaluate_policy(policy, Silent, ("easy", "long"), episodes=8, envs=2, seed=0)
+        for policy in (Oracle(), RandomPolicy(MOVE))
+    )
+    assert np.isnan(first.success).all() and first.summary()["success"] is None
+    assert first.summary()["return"]["mean"] == 1.0 and first.summary()["levels"]["easy"]["success"] is None
+    assert compare(first, second)["success"] is None and compare(first, second)["return"]["mean"] > 0
+    again = EvalResult.from_json(json.loads(json.dumps(first.to_json())))
+    assert np.isnan(again.success).all() and again.summary() == first.summary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
