@@ -105,14 +105,12 @@ def _cmd_run(args: argparse.Namespace) -> None:
     _open(resolve(args.experiment, args.size, args.seed, args.overrides), args).all()
 
 
-def _cmd_collect(args: argparse.Namespace) -> None:
-    """record episodes with the scripted policies of a config"""
-    from dreamer4_jax.envs.collect import collect
+def _cmd_collect(args: argparse.Namespace) -> int:
+    """record episodes of an environment by a scripted or trained policy, or by the mixture of an experiment"""
+    from dreamer4_jax.collect_cli import main
 
-    config = resolve(args.experiment, args.size, args.seed, args.overrides)
-    manifest = collect(config, args.out, seed=config.seed)
-    for level, policies in manifest["statistics"].items():
-        print(level, policies)
+    names = [*experiments(), *PRESETS]
+    return main(args, names, lambda: resolve(args.environment, args.size, args.seed, args.overrides))
 
 
 def _cmd_train(args: argparse.Namespace) -> None:
@@ -231,7 +229,7 @@ def _cmd_data(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dreamer4_jax import aot_cli, data_cli
+    from dreamer4_jax import aot_cli, collect_cli, data_cli
     from dreamer4_jax.play.command import add_arguments as add_play_arguments
     from launch.cli import add_arguments
 
@@ -243,18 +241,19 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    for name, function in (("run", _cmd_run), ("collect", _cmd_collect), ("train", _cmd_train)):
+    for name, function in (("run", _cmd_run), ("train", _cmd_train)):
         sub = add(name, function)
         if name == "train":
             sub.add_argument("phase", choices=PHASES)
             sub.add_argument("--experiment", default="quickstart", help="experiment or preset (quickstart)")
         else:
             sub.add_argument("experiment", help="a file of experiments/ or a preset")
-        if name == "collect":
-            sub.add_argument("--out", required=True, help="directory of the new dataset")
-        else:
-            _run_arguments(sub)
+        _run_arguments(sub)
         _config_arguments(sub)
+
+    sub = add("collect", _cmd_collect)
+    collect_cli.add_arguments(sub)
+    _config_arguments(sub)
 
     sub = add("evaluate", _cmd_evaluate)
     sub.add_argument("run", help="run directory")

@@ -45,12 +45,18 @@ class Scripted:
         self._random: Callable[[np.random.Generator], Any] = env.get_wrapper_attr("random_action")
         self._expert: Expert | None = None if policy == "aimless" else env.get_wrapper_attr("expert")(rng)
         self._taken: Any = None
-        self._burst = 0
+        self._burst = self._steps = 0
+        self.labels: dict[str, Any] = {}  # what an expert tells of the episode, for its meta data
 
     def act(self) -> Any:
         """The next action, as the environment takes it; raises `ExpertFailure`."""
         action = self._choose()
         self._taken = action
+        self._steps += 1
+        if subgoal := getattr(self._expert, "subgoal", ""):
+            runs = self.labels.setdefault("subgoals", [])
+            if not runs or runs[-1][1] != subgoal:
+                runs.append([self._steps, subgoal])
         return action
 
     def _choose(self) -> Any:
@@ -119,41 +125,51 @@ class DataPolicy:
 
 def record(
     env: gymnasium.Env,
-    act: Callable[[], Any],
+    act: Callable[[dict[str, np.ndarray]], Any],
     first: tuple[dict[str, np.ndarray], dict[str, Any]],
     components: Sequence[ActionComponent],
     meta: dict[str, Any],
+    limit: int | None = None,
 ) -> Episode:
     """Plays one episode to its end and returns it in the alignment of `data.schema`.
 
     Args:
         env: an environment as `kinds.make` describes; already reset.
-        act: the next action, as the environment takes it.
+        act: from an observation to the next action, as the environment takes it.
         first: what ``env.reset`` returned.
-        meta: of the episode; its steps are added, and its success where the environment says what that is.
+        meta: of the episode; its steps are added, its success where the environment says what that is, and the frame of
+            each event that it names.
+        limit: the most frames; there an episode is cut.
     """
     observation, info = first
-    frames, task = [observation["image"]], observation["task"]
+    frames, tasks = [observation["image"]], [observation["task"]]
     actions, rewards = [], [0.0]
+    events: dict[str, int] = {}
     terminated = truncated = False
-    while not (terminated or truncated):
-        action = act()
+    while not (terminated or truncated or len(frames) == limit):
+        action = act(observation)
         observation, reward, terminated, truncated, info = env.step(action)
         actions.append(spaces.from_env(action, components))
+        for name in info.get("events", ()):
+            events.setdefault(name, len(frames))
         frames.append(observation["image"])
+        tasks.append(observation["task"])
         rewards.append(float(reward))
-    t = len(frames)
+    t, task = len(frames), np.stack(tasks)
     taken = {part.name: action_array(part, t) for part in components}
     for part in components:
-        taken[part.name][1:] = [action[part.name] for action in actions]
+        if actions:
+            taken[part.name][1:] = [action[part.name] for action in actions]
     return Episode(
         frames=np.stack(frames),
         actions=taken,
         present={part.name: np.arange(t) > 0 for part in components},
         reward=np.asarray(rewards, np.float32),
         is_terminal=bool(terminated),
-        task=task,
-        meta={**meta, "steps": t - 1} | ({"success": bool(info["success"])} if "success" in info else {}),
+        task=task[0] if (task == task[0]).all() else task,
+        meta={**meta, "steps": t - 1}
+        | ({"success": bool(info["success"])} if "success" in info else {})
+        | ({"events": events} if events else {}),
     )
 
 
@@ -210,7 +226,8 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
         meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}
         try:
             script = Scripted(policy, config.data, env, np.random.default_rng([seed, shard, episode_seed]))
-            episode = record(env, script.act, first, config.actions, meta)
+            episode = record(env, lambda _, script=script: script.act(), first, config.actions, meta)
+            episode.meta.update(script.labels)
         except ExpertFailure as error:
             tally.dropped.append({**meta, "error": str(error)})
             if len(tally.dropped) > 20 + kept:

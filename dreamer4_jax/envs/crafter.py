@@ -12,11 +12,11 @@ In both an episode is a success if it has a diamond. Death ends it, the time lim
 from typing import Any
 
 import crafter
-import gymnasium
 import numpy as np
 from jaxtyping import UInt8
 
-from dreamer4_jax.config import EnvConfig, UserError
+from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
+from dreamer4_jax.envs.babyai import draw
 from dreamer4_jax.envs.pixels import PixelEnv, check_level
 
 LEVELS = ("Crafter", "CrafterDiamond")
@@ -30,6 +30,15 @@ VOCABULARY = len(MILESTONES) + 2
 # How random actions are drawn: noop, four moves, do, sleep, and ten others that rarely do anything.
 RANDOM = (0.02, *(0.15,) * 4, 0.25, 0.01, *(0.012,) * 10)
 LEAST = 54  # pixels of a side: 9 x 9 cells of 6 pixels; digits cannot be read below
+
+
+def levels() -> tuple[str, ...]:
+    return LEVELS
+
+
+def actions(env_cfg: EnvConfig) -> tuple[ActionComponent, ...]:
+    """Crafter's 17 actions."""
+    return (ActionComponent("move", "categorical", len(ACTIONS)),)
 
 
 class _Game(crafter.Env):
@@ -47,22 +56,14 @@ class _Game(crafter.Env):
 class CrafterEnv(PixelEnv):
     """One level. `game` is Crafter's own environment, for those who may look into it.
 
-    ``info["achieved"]`` names the achievements that an action was the first to reach.
+    ``info["events"]`` names the achievements that an action was the first to reach.
     """
 
-    random_shares = RANDOM
+    idle = 0
 
-    def __init__(self, level: str, *, height: int, width: int, words: int, max_steps: int):
-        super().__init__(
-            level,
-            gymnasium.spaces.Discrete(len(ACTIONS)),
-            height=height,
-            width=width,
-            words=words,
-            vocabulary=VOCABULARY,
-            max_steps=max_steps,
-        )
-        self.game = _Game(size=(width, height), length=0)
+    def __init__(self, env_cfg: EnvConfig, level: str, **sizes: int):
+        super().__init__(level, actions(env_cfg), max_steps=env_cfg.max_steps, vocabulary=VOCABULARY, **sizes)
+        self.game = _Game(size=(sizes["width"], sizes["height"]), length=0)
         self._achieved: tuple[str, ...] = ()
 
     def _begin(self, seed: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -87,14 +88,20 @@ class CrafterEnv(PixelEnv):
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, terminated, truncated, {**info, "achieved": self._achieved}
+        return observation, reward, terminated, truncated, {**info, "events": self._achieved}
 
     def _succeeded(self, ended: bool) -> bool:
         return "collect_diamond" in self.game._unlocked
 
+    def random_action(self, rng: np.random.Generator) -> int:
+        """One of the 17, with the shares of `RANDOM`."""
+        return draw(RANDOM, rng)
 
-def levels() -> tuple[str, ...]:
-    return LEVELS
+    def expert(self, rng: np.random.Generator) -> Any:
+        """The privileged planner."""
+        from dreamer4_jax.envs.crafter_planner import Planner
+
+        return Planner(self, rng)
 
 
 def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int) -> CrafterEnv:
@@ -105,4 +112,4 @@ def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int)
             f"tokenizer.height x tokenizer.width = {height} x {width}: Crafter shows 9 x 9 cells and digits, take at "
             f"least {LEAST} x {LEAST}"
         )
-    return CrafterEnv(level, height=height, width=width, words=words, max_steps=env_cfg.max_steps)
+    return CrafterEnv(env_cfg, level, height=height, width=width, words=words)

@@ -1,7 +1,7 @@
 """A privileged expert for Crafter: shortest paths on the true map, a tech tree up to the diamond, and staying alive.
 
 It looks at the whole map and at every creature, which no agent can. Each step it finds the cheapest way to every cell,
-with the cost of digging, bridging and danger, and then asks in this order: sleep, fight, rest, drink, eat, the next item.
+with the cost of digging, bridging and danger, and then asks in this order: fight, rest, drink, eat, sleep, next item.
 """
 
 from typing import Any
@@ -51,16 +51,11 @@ class Planner:
         self._wish = ""  # a need that is being met, until it is met
         self.subgoal = ""
 
-    def act(self) -> int:
-        """The next action."""
+    def act(self, taken: int | None = None) -> int:
+        """The next action. It plans anew at every step, whatever was `taken` in between."""
         self._look()
         self.subgoal = ""
         return ACTIONS.index(self._choose() or "noop")
-
-    def allows(self, action: int) -> bool:
-        """Whether a random action may be taken here: not a step into lava."""
-        step = next((d for d, name in MOVES.items() if name == ACTIONS[action]), None)
-        return step is None or self._material(self._next(tuple(map(int, self._player.pos)), step)) != "lava"
 
     # ----------------------------------------------------------------------------------------------- what there is
 

@@ -3,6 +3,7 @@
 A kind is a module of this package with
 
     VOCABULARY: int                                            word ids of its tasks
+    levels() -> Sequence[str]                                  names of all its levels
     actions(env_cfg) -> tuple[ActionComponent, ...]            of its levels, the same for all of them
     make(env_cfg, level, *, height, width, words) -> Env       `make` below says what an environment is like
 
@@ -27,7 +28,10 @@ class Decoder(Protocol):
 
 
 class Expert(Protocol):
-    """Plays one episode of an environment, with privileged access to it."""
+    """Plays one episode of an environment, with privileged access to it.
+
+    One that works towards something says what its last action was for in an attribute `subgoal`.
+    """
 
     def act(self, taken: Any) -> Any:
         """The next action, as the environment takes it; `taken` is the last one, which may have been another's (None
@@ -44,15 +48,32 @@ class Kind:
     name: as errors call it.
     module: its module of this package.
     expert: whether there is a scripted expert, for `data.bot`.
+    prefix: what the names of its levels begin with.
+    level: the one that is meant where none is named.
+    extra: of this package's, that installs what it needs.
+    max_steps, words, burst: usual values of ``env.max_steps``, ``agent.task_words`` and ``data.burst``.
     """
 
     name: str
     module: str
     expert: bool
+    prefix: str = ""
+    level: str = ""
+    extra: str = ""
+    max_steps: int = 1000
+    words: int = 1
+    burst: float = 0.25
 
     @property
     def code(self) -> Any:
-        return importlib.import_module(f"dreamer4_jax.envs.{self.module}")
+        try:
+            return importlib.import_module(f"dreamer4_jax.envs.{self.module}")
+        except ModuleNotFoundError as error:
+            if not self.extra or str(error.name).startswith("dreamer4_jax"):
+                raise
+            raise UserError(
+                f"{self.name} needs the package {error.name!r}: pip install 'dreamer4_jax[{self.extra}]'"
+            ) from None
 
     @property
     def vocabulary(self) -> int:
@@ -64,18 +85,38 @@ class Kind:
 
 
 KINDS = {
-    "babyai": Kind("BabyAI", "babyai", expert=True),
-    "frozenlake": Kind("FrozenLake", "frozenlake", expert=False),
+    "babyai": Kind("BabyAI", "babyai", True, "BabyAI-", "BabyAI-GoToLocal-v0", max_steps=32, words=12),
+    "frozenlake": Kind("FrozenLake", "frozenlake", False, "FrozenLake", "FrozenLake-v1", max_steps=100),
+    # One slip may be the last in Crafter: half a percent of the steps begins a burst.
+    "crafter": Kind("Crafter", "crafter", True, "Crafter", "Crafter", "crafter", burst=0.005),
+    "atari": Kind("Atari", "atari", False, "ALE/", "ALE/Breakout-v5", "atari"),
+    "minatar": Kind("MinAtar", "minatar", False, "MinAtar/", "MinAtar/Breakout-v0", "minatar"),
+    "vizdoom": Kind("ViZDoom", "vizdoom", True, "ViZDoom/", "ViZDoom/basic", "vizdoom"),
 }
+
+
+def find(name: str) -> tuple[str, tuple[str, ...]]:
+    """(kind, levels) of what people name an environment by: a kind, or levels of one kind with commas between."""
+    if name in KINDS:
+        return name, (KINDS[name].level,)
+    levels = tuple(name.split(","))
+    for key, kind in KINDS.items():
+        if kind.prefix and all(level.startswith(kind.prefix) for level in levels):
+            return key, levels
+    known = ", ".join(f"{key} ({kind.level})" for key, kind in KINDS.items())
+    raise UserError(
+        f"unknown environment {name!r}: choose a kind, for the level in brackets, or levels of one: {known}"
+    )
 
 
 def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int) -> gymnasium.Env:
     """Builds a level.
 
     Observations are ``{"image": uint8 [height, width, 3], "task": int32 [words]}``, actions those of `envs.spaces`.
-    ``info["mission"]`` of `reset` is the task in words. The last step of an episode has ``info["success"]`` where the
-    environment says what success is. The environment's own method `random_action(rng)` draws an aimless action, and
-    `expert(rng)`, where there is one, makes an `Expert` for the episode that begins.
+    ``info["mission"]`` of `reset` is the task in words, ``info["events"]`` names what a step brought about. The last
+    step of an episode has ``info["success"]`` where the environment says what success is. The environment's own method
+    `random_action(rng)` draws an aimless action, and `expert(rng)`, where there is one, makes an `Expert` for the
+    episode that begins.
     """
     if env_cfg.kind == "none":
         raise UserError("env.kind = 'none': there is recorded data and no environment to play in")

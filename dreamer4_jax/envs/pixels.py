@@ -8,15 +8,16 @@ import gymnasium
 import numpy as np
 from jaxtyping import UInt8
 
-from dreamer4_jax.config import UserError
+from dreamer4_jax.config import ActionComponent, UserError
+from dreamer4_jax.envs.spaces import action_space
 
 
 class PixelEnv(gymnasium.Env, abc.ABC):
     """A simulator as pixels and a task.
 
-    Observation: ``image`` uint8 [height, width, 3] and ``task`` int32 [words], whose first word is the task's. An episode
-    depends on its seed alone: not on the process, nor on what was played before. Without a seed, `reset` draws the next
-    one from the last that was given.
+    Observation: ``image`` uint8 [height, width, 3] and ``task`` int32 [words], whose first word is the task's. An
+    episode depends on its seed alone: not on the process, nor on what was played before. Without a seed, `reset` draws
+    the next one from the last that was given.
     """
 
     shared: Sequence[str] = ()  # parts that copies may share (`evaluation.simulator.clone`)
@@ -24,7 +25,7 @@ class PixelEnv(gymnasium.Env, abc.ABC):
     def __init__(
         self,
         level: str,
-        actions: gymnasium.Space,
+        actions: Sequence[ActionComponent],
         *,
         height: int,
         width: int,
@@ -33,7 +34,7 @@ class PixelEnv(gymnasium.Env, abc.ABC):
         max_steps: int,
     ):
         self.level, self._limit, self._words = level, max_steps, words
-        self.action_space = actions
+        self.action_space = action_space(actions)
         self.observation_space = gymnasium.spaces.Dict(
             image=gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8),
             task=gymnasium.spaces.Box(0, vocabulary - 1, (words,), np.int32),
@@ -50,8 +51,13 @@ class PixelEnv(gymnasium.Env, abc.ABC):
         """Acts; returns the next image, the reward, and whether the game has ended."""
 
     @abc.abstractmethod
-    def _succeeded(self, ended: bool) -> bool:
-        """At the end of an episode: whether it was a success. `ended`: by the game, not by the time limit."""
+    def random_action(self, rng: np.random.Generator) -> Any:
+        """An aimless action."""
+
+    def _succeeded(self, ended: bool) -> bool | None:
+        """At the end of an episode: whether it was a success; None where that means nothing. `ended`: by the game, not
+        by the time limit."""
+        return None
 
     def _mission(self) -> tuple[int, str]:
         """(word id, text) of the present task."""
@@ -76,8 +82,8 @@ class PixelEnv(gymnasium.Env, abc.ABC):
         self._taken += 1
         truncated = not terminated and self._taken >= self._limit
         observation, info = self._observe(mission)
-        if terminated or truncated:
-            info["success"] = bool(self._succeeded(terminated))
+        if (terminated or truncated) and (success := self._succeeded(terminated)) is not None:
+            info["success"] = bool(success)
         return observation, float(reward), bool(terminated), truncated, info
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,10 +1,12 @@
 """ViZDoom's scenarios (the `vizdoom` package, which brings free game data): first person, keyboard and mouse.
 
 All scenarios take one action, the one of Minecraft recordings (`data.readers.vpt`): 23 keys, each for itself, and the
-mouse as one of 121 mu-law classes. An action lasts four tics of 1/35 s; the mouse turns by its whole angle in the first.
+mouse as one of 121 mu-law classes. An action lasts four tics of 1/35 s; the mouse turns by its angle in the first.
 Keys without a meaning in Doom do nothing. The image is averaged down from 160 x 120 pixels, without the status bar.
 """
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,8 @@ def press(*names: str, dx: float = 0.0, dy: float = 0.0) -> dict[str, Any]:
 class VizdoomEnv(PixelEnv):
     """One scenario. `game` is ViZDoom's own, for those who may look into it.
 
-    Success is to have killed the monster, reached the armor, or lived until the scenario's or ``env.max_steps``' end;
-    where the scenario is about the number of kills, there is no such measure.
+    Success is to have killed the monster, reached the armor, or lived until the time limit: the scenario's, or
+    ``env.max_steps`` where that is shorter. Where a scenario is about the number of kills, there is no such measure.
     """
 
     def __init__(self, env_cfg: EnvConfig, level: str, **sizes: int):
@@ -99,9 +101,14 @@ class VizdoomEnv(PixelEnv):
         game.set_audio_buffer_enabled(False)
         game.set_objects_info_enabled(True)  # what an expert looks at
         game.set_mode(vizdoom.Mode.PLAYER)
-        game.init()
+        if game.get_episode_timeout():  # one clock alone, and it cuts an episode instead of ending it
+            self._limit = min(self._limit, game.get_episode_timeout() // TICS)
+            game.set_episode_timeout(0)
+        # The engine writes its settings, and a folder, to where it is started.
+        self._scratch = tempfile.TemporaryDirectory(prefix="vizdoom-")
+        with contextlib.chdir(self._scratch.name):
+            game.init()
         self._fit = Fit((sizes["height"], sizes["width"]))
-        self._total = 0.0
 
     def _mission(self) -> tuple[int, str]:
         return list(SCENARIOS).index(self.scenario) + 1, SCENARIOS[self.scenario]
@@ -132,13 +139,7 @@ class VizdoomEnv(PixelEnv):
                 return not self.game.is_player_dead()
             case "basic" | "predict_position":
                 return self.game.get_game_variable(GameVariable.KILLCOUNT) > 0
-        return ended and not self.game.is_player_dead() and not self.timed_out
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether the scenario's own clock has run out."""
-        limit = self.game.get_episode_timeout()
-        return 0 < limit <= self.game.get_episode_time()
+        return ended and not self.game.is_player_dead()
 
     def random_action(self, rng: np.random.Generator) -> dict[str, Any]:
         """Some keys that mean something in Doom, and a move of the mouse."""
@@ -146,8 +147,15 @@ class VizdoomEnv(PixelEnv):
         dx, dy = rng.normal(0.0, RANDOM_MOUSE)
         return press(*down, dx=float(dx), dy=float(dy))
 
+    def expert(self, rng: np.random.Generator) -> Any:
+        """Aims and shoots, or fetches; for some scenarios only."""
+        from dreamer4_jax.envs.vizdoom_expert import Expert
+
+        return Expert(self)
+
     def close(self) -> None:
         self.game.close()
+        self._scratch.cleanup()
 
 
 def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int) -> VizdoomEnv:
