@@ -66,6 +66,7 @@ class Kind:
 KINDS = {
     "babyai": Kind("BabyAI", "babyai", expert=True),
     "frozenlake": Kind("FrozenLake", "frozenlake", expert=False),
+    "control": Kind("Continuous control", "control", expert=True),
 }
 
 
