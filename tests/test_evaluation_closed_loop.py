@@ -234,5 +234,33 @@ def test_blind_training_refuses_what_it_cannot_use():
         train_blind([batch(first, moves, relevant=[False])], MOVE, vocab=5)
     with pytest.raises(UserError, match="task_vocab = 1"):
         train_blind([batch(first, moves)], MOVE, vocab=1)
-    with pytest.raises(UserError, match="continuous"):
-        train_blind([], (ActionComponent("arm", "continuous", 2),), vocab=5)
+
+
+def test_blind_policy_of_several_kinds_learns_what_the_clock_tells():
+    """Keys and a continuous value that are functions of the step number alone, beside a class."""
+    parts = (*MOVE, ActionComponent("keys", "binary", 2), ActionComponent("arm", "continuous", 1))
+    rows, t = 8, 7
+    step = np.broadcast_to(np.arange(t), (rows, t))
+    first = step == 0
+    data = batch(first, step % 4)
+    data["actions"] |= {
+        "keys": np.stack([step % 2, 1 - step % 2], -1).astype(np.uint8),
+        "arm": (step[..., None] / 6 - 0.5).astype(np.float32),
+    }
+    data["present"] |= {"keys": ~first, "arm": ~first}
+    found = examples(data, parts, "all")
+    none = found["history"][2][found["clock"] == 0]
+    assert (none[..., :-1] == 0).all() and (none[..., -1] == 1).all()  # a start remembers nothing
+    newest = found["history"][2][found["clock"] == 3][:, 0]
+    np.testing.assert_allclose(newest, [[0.0, 0.0]] * rows, atol=1e-6)  # step 3's value, and that there was one
+    model = train_blind([data], parts, vocab=5, steps=400, batch=48)
+    policy = BlindPolicy(model, greedy=True)
+    policy.reset(np.array([True]))
+    for i in range(t - 1):
+        action = policy.act(np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 3), np.int32))
+        assert action["move"][0] == (i + 1) % 4 and action["keys"][0].tolist() == [(i + 1) % 2, i % 2]
+        assert action["arm"].dtype == np.float32 and abs(action["arm"][0, 0] - ((i + 1) / 6 - 0.5)) < 0.1
+    sampled = BlindPolicy(model, seed=1)
+    sampled.reset(np.ones(400, bool))
+    drawn = sampled.act(np.zeros((400, 8, 8, 3), np.uint8), np.ones((400, 3), np.int32))["arm"]
+    assert 0.02 < drawn.std() < 0.2  # the floor of the deviation is 0.05

@@ -48,7 +48,7 @@ class Kind:
     name: as errors call it.
     module: its module of this package.
     expert: whether there is a scripted expert, for `data.bot`.
-    prefix: what the names of its levels begin with.
+    prefixes: what the names of its levels begin with.
     level: the one that is meant where none is named.
     extra: of this package's, that installs what it needs.
     max_steps, words, burst: usual values of ``env.max_steps``, ``agent.task_words`` and ``data.burst``.
@@ -57,8 +57,8 @@ class Kind:
     name: str
     module: str
     expert: bool
-    prefix: str = ""
-    level: str = ""
+    prefixes: tuple[str, ...]
+    level: str
     extra: str = ""
     max_steps: int = 1000
     words: int = 1
@@ -85,13 +85,14 @@ class Kind:
 
 
 KINDS = {
-    "babyai": Kind("BabyAI", "babyai", True, "BabyAI-", "BabyAI-GoToLocal-v0", max_steps=32, words=12),
-    "frozenlake": Kind("FrozenLake", "frozenlake", False, "FrozenLake", "FrozenLake-v1", max_steps=100),
+    "babyai": Kind("BabyAI", "babyai", True, ("BabyAI-",), "BabyAI-GoToLocal-v0", max_steps=32, words=12),
+    "frozenlake": Kind("FrozenLake", "frozenlake", False, ("FrozenLake",), "FrozenLake-v1", max_steps=100),
+    "control": Kind("Continuous control", "control", True, ("Pendulum-", "CarRacing-", "ball_in_cup-"), "Pendulum-v1"),
     # One slip may be the last in Crafter: half a percent of the steps begins a burst.
-    "crafter": Kind("Crafter", "crafter", True, "Crafter", "Crafter", "crafter", burst=0.005),
-    "atari": Kind("Atari", "atari", False, "ALE/", "ALE/Breakout-v5", "atari"),
-    "minatar": Kind("MinAtar", "minatar", False, "MinAtar/", "MinAtar/Breakout-v0", "minatar"),
-    "vizdoom": Kind("ViZDoom", "vizdoom", True, "ViZDoom/", "ViZDoom/basic", "vizdoom"),
+    "crafter": Kind("Crafter", "crafter", True, ("Crafter",), "Crafter", "crafter", burst=0.005),
+    "atari": Kind("Atari", "atari", False, ("ALE/",), "ALE/Breakout-v5", "atari"),
+    "minatar": Kind("MinAtar", "minatar", False, ("MinAtar/",), "MinAtar/Breakout-v0", "minatar"),
+    "vizdoom": Kind("ViZDoom", "vizdoom", True, ("ViZDoom/",), "ViZDoom/basic", "vizdoom"),
 }
 
 
@@ -101,7 +102,7 @@ def find(name: str) -> tuple[str, tuple[str, ...]]:
         return name, (KINDS[name].level,)
     levels = tuple(name.split(","))
     for key, kind in KINDS.items():
-        if kind.prefix and all(level.startswith(kind.prefix) for level in levels):
+        if all(level.startswith(kind.prefixes) for level in levels):
             return key, levels
     known = ", ".join(f"{key} ({kind.level})" for key, kind in KINDS.items())
     raise UserError(
