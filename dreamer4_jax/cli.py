@@ -105,14 +105,12 @@ def _cmd_run(args: argparse.Namespace) -> None:
     _open(resolve(args.experiment, args.size, args.seed, args.overrides), args).all()
 
 
-def _cmd_collect(args: argparse.Namespace) -> None:
-    """record episodes with the scripted policies of a config"""
-    from dreamer4_jax.envs.collect import collect
+def _cmd_collect(args: argparse.Namespace) -> int:
+    """record episodes of an environment by a scripted or trained policy, or by the mixture of an experiment"""
+    from dreamer4_jax.collect_cli import main
 
-    config = resolve(args.experiment, args.size, args.seed, args.overrides)
-    manifest = collect(config, args.out, seed=config.seed)
-    for level, policies in manifest["statistics"].items():
-        print(level, policies)
+    names = [*experiments(), *PRESETS]
+    return main(args, names, lambda: resolve(args.environment, args.size, args.seed, args.overrides))
 
 
 def _cmd_train(args: argparse.Namespace) -> None:
@@ -135,11 +133,9 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
         run.evaluate_world_model()
     for name in names:
         summary = run.evaluate_policy(name, levels=args.levels.split(",") if args.levels else ()).summary()
-        success, back = summary["success"], summary["return"]
-        print(
-            f"{name:24s} success {success['mean']:.3f} [{success['low']:.3f}, {success['high']:.3f}]"
-            f"  return {back['mean']:.3f} [{back['low']:.3f}, {back['high']:.3f}]  episodes {summary['episodes']}"
-        )
+        known = ((key, summary[key]) for key in ("success", "return") if summary[key])
+        found = "  ".join(f"{key} {i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]" for key, i in known)
+        print(f"{name:24s} {found}  episodes {summary['episodes']}")
     run.report()
 
 
@@ -233,7 +229,7 @@ def _cmd_data(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dreamer4_jax import aot_cli, data_cli
+    from dreamer4_jax import aot_cli, collect_cli, data_cli
     from dreamer4_jax.play.command import add_arguments as add_play_arguments
     from launch.cli import add_arguments
 
@@ -245,18 +241,19 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    for name, function in (("run", _cmd_run), ("collect", _cmd_collect), ("train", _cmd_train)):
+    for name, function in (("run", _cmd_run), ("train", _cmd_train)):
         sub = add(name, function)
         if name == "train":
             sub.add_argument("phase", choices=PHASES)
             sub.add_argument("--experiment", default="quickstart", help="experiment or preset (quickstart)")
         else:
             sub.add_argument("experiment", help="a file of experiments/ or a preset")
-        if name == "collect":
-            sub.add_argument("--out", required=True, help="directory of the new dataset")
-        else:
-            _run_arguments(sub)
+        _run_arguments(sub)
         _config_arguments(sub)
+
+    sub = add("collect", _cmd_collect)
+    collect_cli.add_arguments(sub)
+    _config_arguments(sub)
 
     sub = add("evaluate", _cmd_evaluate)
     sub.add_argument("run", help="run directory")

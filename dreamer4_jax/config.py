@@ -160,7 +160,9 @@ class AgentConfig:
 class EnvConfig:
     """The real environment, and the scripted policies that record it."""
 
-    kind: Literal["babyai", "frozenlake", "none"] = "babyai"  # none: there is only recorded data, see data.source
+    kind: Literal["babyai", "frozenlake", "crafter", "atari", "minatar", "vizdoom", "control", "none"] = (
+        "babyai"  # none: recorded data alone, see data.source
+    )
     levels: tuple[str, ...] = ("BabyAI-GoToLocal-v0",)
     view: Literal["full", "agent"] = "full"  # whole grid, or the agent's 7 x 7 view
     tile: int = 8  # pixels of a grid tile

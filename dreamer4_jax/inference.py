@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
 from dreamer4_jax.config import Config, UserError, from_dict, override
+from dreamer4_jax.envs.spaces import to_env
 from dreamer4_jax.training.checkpoint import CheckpointError, load_meta, load_model
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
@@ -190,10 +191,7 @@ class LoadedPolicy:
         actions = self._policy.act(image.reshape(count, *image.shape[-3:]), task.reshape(count, words))
         if not lead:
             actions = {name: value[0] for name, value in actions.items()}
-        if len(actions) > 1:
-            return actions
-        only = next(iter(actions.values()))
-        return int(only) if only.ndim == 0 else only
+        return to_env(actions)
 
 
 def load_policy(

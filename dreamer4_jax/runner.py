@@ -258,7 +258,7 @@ class Run:
 
         return {
             "random": lambda: RandomPolicy(c.actions, seed=seed),
-            "data": lambda: DataPolicy(c.data),
+            "data": lambda: DataPolicy(c),
             "blind": self._blind,
             "phase 2 (cloning)": world_model("phase 2 (cloning)", cloned, False),
             "phase 2, greedy": world_model("phase 2, greedy", cloned, True),

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from dreamer4_jax.config import DataConfig, UserError, preset, to_dict
+from dreamer4_jax.config import UserError, preset, to_dict
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.envs import babyai, collect
@@ -119,13 +119,13 @@ def test_random_actions_follow_their_shares():
     c = config(**{"data.bot": 0.0, "data.noisy_bot": 0.0})  # aimless walks only
     env = babyai.make(c.env, c.env.levels[0], height=64, width=64, words=12)
     walker = collect.Scripted("aimless", c.data, env, np.random.default_rng(0))
-    drawn = np.bincount([walker._choose() for _ in range(4000)], minlength=ACTIONS) / 4000
+    drawn = np.bincount([walker.act() for _ in range(4000)], minlength=ACTIONS) / 4000
     error = 4 * np.sqrt(np.array(babyai.RANDOM) / 4000)
     assert (np.abs(drawn - babyai.RANDOM) < error).all()
 
 
 def test_data_policy_plays_in_lockstep():
-    policy = collect.DataPolicy(DataConfig(), policy="bot")
+    policy = collect.DataPolicy(config(), policy="bot")
     envs = [babyai.make(config().env, level, height=64, width=64, words=12) for level in LEVELS.split(",")]
     for i, env in enumerate(envs):
         env.reset(seed=i)
@@ -143,7 +143,7 @@ def test_data_policy_plays_in_lockstep():
                 policy.end(i)
     assert success == [True, True]
     with pytest.raises(UserError, match="'expert': choose one of bot, noisy_bot, aimless"):
-        collect.DataPolicy(DataConfig(), policy="expert")
+        collect.DataPolicy(config(), policy="expert")
 
 
 def test_a_failing_bot_is_counted_and_named(monkeypatch):
@@ -159,7 +159,7 @@ def test_a_failing_bot_is_counted_and_named(monkeypatch):
                 raise AssertionError("no path")
             return 6
 
-    monkeypatch.setattr(collect, "BabyAIBot", Broken)
+    monkeypatch.setattr(babyai, "BabyAIBot", Broken)
     c, tally = config(**{"data.bot": 1.0, "data.noisy_bot": 0.0, "env.max_steps": 2}), collect._Tally()
     stream = collect.episodes(c, 0, 0, tally)
     for _ in range(5):
@@ -167,7 +167,7 @@ def test_a_failing_bot_is_counted_and_named(monkeypatch):
     assert tally.dropped and tally.dropped[0]["error"] == "AssertionError: no path"
     assert {"level", "policy", "seed", "mission"} <= set(tally.dropped[0])
     c = config(**{"data.bot": 1.0, "data.noisy_bot": 0.0, "env.max_steps": 3})
-    with pytest.raises(UserError, match="bot fails on level"):
+    with pytest.raises(UserError, match="expert fails on level"):
         next(collect.episodes(c, 0, 0))
 
 

@@ -15,8 +15,9 @@ from dreamer4_jax.agent.heads import symexp_bins
 from dreamer4_jax.config import UserError
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.envs import world_model
+from dreamer4_jax.envs.spaces import action_space
 from dreamer4_jax.envs.starts import Starts
-from dreamer4_jax.envs.world_model import WorldModelEnv, WorldModelVectorEnv, action_space
+from dreamer4_jax.envs.world_model import WorldModelEnv, WorldModelVectorEnv
 from dreamer4_jax.inference import recording
 from tests.saved_run import small_run_config, world, write_run
 from tests.toy_env import ACTIONS, frame_action, frame_step
@@ -265,7 +266,7 @@ def test_spaces_of_other_actions():
         {"name": "mouse", "kind": "mouse", "size": 121},
         {"name": "arm", "kind": "continuous", "size": 2},
     ]
-    space = action_space(small_run_config(actions=parts))
+    space = action_space(small_run_config(actions=parts).actions)
     assert space["keys"].shape == (3,) and space["mouse"].n == 121 and space["arm"].high.tolist() == [1, 1]
 
 

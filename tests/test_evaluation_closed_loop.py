@@ -111,7 +111,7 @@ def test_random_policy_succeeds_as_often_as_chance():
 
 
 def test_every_policy_sees_the_same_episodes():
-    scripted = ScriptedPolicy(lambda env, seed: lambda: env.colour, name="script")
+    scripted = ScriptedPolicy(lambda env, seed: lambda: env.colour, MOVE, name="script")
     results, seeds = [], []
     for policy, envs in ((Oracle(), 7), (RandomPolicy(MOVE), 7), (Oracle(), 60), (scripted, 1)):
         results.append(play(policy, envs=envs))
@@ -134,19 +134,28 @@ def test_episode_seeds_are_stable_and_below_those_of_recordings():
     assert episode_seed(0, 5, "a") == episode_seed(0, 5, "a")
 
 
-def test_bad_arguments_and_a_missing_success_flag():
+def test_bad_arguments():
     with pytest.raises(UserError, match="levels"):
         evaluate_policy(Oracle(), Lights, (), episodes=1, envs=1, seed=0)
     with pytest.raises(UserError, match="at least 1"):
         evaluate_policy(Oracle(), Lights, ("easy",), episodes=0, envs=1, seed=0)
 
+
+def test_an_environment_need_not_say_what_success_is():
     class Silent(Lights):
         def step(self, action):
             observation, reward, terminated, truncated, info = super().step(action)
             return observation, reward, terminated, truncated, {"mission": info["mission"]}
 
-    with pytest.raises(UserError, match="success"):
-        evaluate_policy(Oracle(), Silent, ("easy",), episodes=1, envs=1, seed=0)
+    first, second = (
+        evaluate_policy(policy, Silent, ("easy", "long"), episodes=8, envs=2, seed=0)
+        for policy in (Oracle(), RandomPolicy(MOVE))
+    )
+    assert np.isnan(first.success).all() and first.summary()["success"] is None
+    assert first.summary()["return"]["mean"] == 1.0 and first.summary()["levels"]["easy"]["success"] is None
+    assert compare(first, second)["success"] is None and compare(first, second)["return"]["mean"] > 0
+    again = EvalResult.from_json(json.loads(json.dumps(first.to_json())))
+    assert np.isnan(again.success).all() and again.summary() == first.summary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,5 +234,33 @@ def test_blind_training_refuses_what_it_cannot_use():
         train_blind([batch(first, moves, relevant=[False])], MOVE, vocab=5)
     with pytest.raises(UserError, match="task_vocab = 1"):
         train_blind([batch(first, moves)], MOVE, vocab=1)
-    with pytest.raises(UserError, match="continuous"):
-        train_blind([], (ActionComponent("arm", "continuous", 2),), vocab=5)
+
+
+def test_blind_policy_of_several_kinds_learns_what_the_clock_tells():
+    """Keys and a continuous value that are functions of the step number alone, beside a class."""
+    parts = (*MOVE, ActionComponent("keys", "binary", 2), ActionComponent("arm", "continuous", 1))
+    rows, t = 8, 7
+    step = np.broadcast_to(np.arange(t), (rows, t))
+    first = step == 0
+    data = batch(first, step % 4)
+    data["actions"] |= {
+        "keys": np.stack([step % 2, 1 - step % 2], -1).astype(np.uint8),
+        "arm": (step[..., None] / 6 - 0.5).astype(np.float32),
+    }
+    data["present"] |= {"keys": ~first, "arm": ~first}
+    found = examples(data, parts, "all")
+    none = found["history"][2][found["clock"] == 0]
+    assert (none[..., :-1] == 0).all() and (none[..., -1] == 1).all()  # a start remembers nothing
+    newest = found["history"][2][found["clock"] == 3][:, 0]
+    np.testing.assert_allclose(newest, [[0.0, 0.0]] * rows, atol=1e-6)  # step 3's value, and that there was one
+    model = train_blind([data], parts, vocab=5, steps=400, batch=48)
+    policy = BlindPolicy(model, greedy=True)
+    policy.reset(np.array([True]))
+    for i in range(t - 1):
+        action = policy.act(np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 3), np.int32))
+        assert action["move"][0] == (i + 1) % 4 and action["keys"][0].tolist() == [(i + 1) % 2, i % 2]
+        assert action["arm"].dtype == np.float32 and abs(action["arm"][0, 0] - ((i + 1) / 6 - 0.5)) < 0.1
+    sampled = BlindPolicy(model, seed=1)
+    sampled.reset(np.ones(400, bool))
+    drawn = sampled.act(np.zeros((400, 8, 8, 3), np.uint8), np.ones((400, 3), np.int32))["arm"]
+    assert 0.02 < drawn.std() < 0.2  # the floor of the deviation is 0.05

@@ -92,7 +92,7 @@ def toy_episodes(count: int, *, seed: int = 0, size: int = 16, words: int = 3, s
     env, rng = ShowAction(size, words, steps), np.random.default_rng(seed)
     meta = {"level": "toy", "policy": "random", "mission": "show your action"}
     return [
-        record(env, lambda: int(rng.integers(ACTIONS)), env.reset(seed=100 * seed + i), COMPONENT, meta)
+        record(env, lambda _: int(rng.integers(ACTIONS)), env.reset(seed=100 * seed + i), (COMPONENT,), meta)
         for i in range(count)
     ]
 

@@ -22,7 +22,7 @@ class Job(Protocol):
     def path(self) -> str: ...  # of the shard
 
     @property
-    def frames(self) -> int: ...  # about how many, for the progress bar
+    def frames(self) -> int: ...  # about how many, for the progress bar (or of what else its `unit` is)
 
 
 J = TypeVar("J", bound=Job)
@@ -34,15 +34,21 @@ def ignore_interrupt() -> None:
 
 
 def make_shards(
-    jobs: Sequence[J], make: Callable[[J], dict[str, Any]], *, workers: int, progress: bool, what: str
+    jobs: Sequence[J],
+    make: Callable[[J], dict[str, Any]],
+    *,
+    workers: int,
+    progress: bool,
+    what: str,
+    unit: str = "frames",
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Runs the jobs, in this process or in workers, and yields (number of the job, manifest entry) as they finish.
 
     Args:
         make: a module's function (it is pickled) that writes the job's shard and returns its entry.
-        what: names the work in the progress bar, as "recording".
+        what: names the work in the progress bar, as "recording"; `unit` what is counted.
     """
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("frames  {task.fields[rate]}"),
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}  {{task.fields[rate]}}"),
                TimeRemainingColumn())  # fmt: skip
     begun, done = time.monotonic(), 0
     with Progress(*columns, disable=not progress) as bar:
@@ -51,7 +57,7 @@ def make_shards(
         def advance(job: J) -> None:
             nonlocal done
             done += job.frames
-            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.0f} frames/s")
+            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.3g} {unit}/s")
 
         todo = []
         for number, job in enumerate(jobs):  # a dataset that is complete starts no process

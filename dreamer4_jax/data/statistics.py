@@ -135,7 +135,7 @@ def suspicions(stats: Mapping[str, Any], components: tuple[ActionComponent, ...]
                     out.append(f"action {c.name!r}[{a}] never changes")
                 elif edges > 0.5:
                     out.append(f"action {c.name!r}[{a}] is at an end of its range in {100 * edges:.0f} % of the steps")
-    if stats["rewarded"] == 0:
+    if stats["rewarded"] == 0 and stats["reward"] >= 0:  # below: they are costs
         out.append("no frame has a reward above 0: phases 2 and 3 need some")
     elif stats["rewarded"] > 0.5 * frames:
         out.append(f"{100 * stats['rewarded'] / frames:.0f} % of the frames have a reward: relevant rows mean little")

@@ -182,10 +182,16 @@ class Dataset:
         return [shard.chunks * self.spec.chunk for shard in self._shards[self._split(split)]]
 
     def rewarded(self, split: str) -> Bool[np.ndarray, " frames"]:
-        """Frames of a split with a positive reward, from the manifest: no shard is read."""
+        """Frames of a split with a positive reward, from the manifest: no shard is read.
+
+        Where no frame of the whole dataset has one, rewards are costs, and those with a negative one are given.
+        """
+        shards = [entry for entries in self.manifest["splits"].values() for entry in entries]
+        costs = not any(base64.b64decode(entry["rewarded"]).strip(b"\0") for entry in shards)
         out = []
         for entry in self.manifest["splits"][self._split(split)]:
-            bits = np.frombuffer(base64.b64decode(entry["rewarded"]), np.uint8)
+            text = entry.get("costly", entry["rewarded"]) if costs else entry["rewarded"]
+            bits = np.frombuffer(base64.b64decode(text), np.uint8)
             out.append(np.unpackbits(bits, count=entry["chunks"] * self.spec.chunk).astype(np.bool_))
         return np.concatenate(out) if out else np.zeros(0, np.bool_)
 

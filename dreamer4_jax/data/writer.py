@@ -54,7 +54,9 @@ def write_shard(
     serializer = ExampleSerializer(features.get_serialized_info())
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    rewarded, count = [], 0
+    rewarded: list[np.ndarray] = []
+    costly: list[np.ndarray] = []
+    count = 0
     try:
         for arrays, metas in chunks:
             tree: dict[str, Any] = {"segments": json.dumps(metas)}
@@ -74,6 +76,7 @@ def write_shard(
             record = serializer.get_tf_example(features.encode_example(tree))
             writer.write(record.SerializeToString(deterministic=True))
             rewarded.append((arrays["reward"] > 0) & ~arrays["is_first"])
+            costly.append((arrays["reward"] < 0) & ~arrays["is_first"])
             count += 1
         writer.close()
     except BaseException:
@@ -82,17 +85,24 @@ def write_shard(
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-    bits = np.packbits(np.concatenate(rewarded)) if rewarded else np.zeros(0, np.uint8)
+    flags = {"rewarded": _bits(rewarded)}
+    if not np.any(rewarded) and np.any(costly):
+        flags["costly"] = _bits(costly)
     entry = {
         "file": path.name,
         "chunks": count,
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
-        "rewarded": base64.b64encode(bits.tobytes()).decode(),
+        **flags,
         **(extra or {}),
     }
     write_atomically(_note(path), json.dumps(entry))
     return entry
+
+
+def _bits(flags: list[np.ndarray]) -> str:
+    packed = np.packbits(np.concatenate(flags)) if flags else np.zeros(0, np.uint8)
+    return base64.b64encode(packed.tobytes()).decode()
 
 
 def finished_shard(path: Path) -> dict[str, Any] | None:

@@ -19,8 +19,10 @@ from jaxtyping import Int, UInt8
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import WorldObj
 from minigrid.minigrid_env import MiniGridEnv
+from minigrid.utils.baby_ai_bot import BabyAIBot
 
-from dreamer4_jax.config import EnvConfig, UserError
+from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
+from dreamer4_jax.envs.kinds import ExpertFailure
 
 # Every word of BabyAI's language. The position in this tuple is part of the data format: append, never reorder.
 # fmt: off
@@ -35,6 +37,11 @@ WORD_IDS = {word: i + 2 for i, word in enumerate(WORDS)}
 VOCABULARY = len(WORDS) + 2  # ids 0 .. VOCABULARY - 1; agent.task_vocab must be at least this
 # How random actions are drawn: left, right, forward, pick up, drop, toggle, done. Uniform ones would mostly do nothing.
 RANDOM = (0.2, 0.2, 0.35, 0.1, 0.08, 0.05, 0.02)
+
+
+def actions(env_cfg: EnvConfig) -> tuple[ActionComponent, ...]:
+    """BabyAI's seven actions."""
+    return (ActionComponent("move", "categorical", len(RANDOM)),)
 
 
 def encode_task(mission: str, words: int) -> Int[np.ndarray, " words"]:
@@ -103,7 +110,7 @@ class BabyAIEnv(gymnasium.Wrapper):
     """One BabyAI level as pixels and task words. ``env.unwrapped`` is minigrid's own environment."""
 
     shared: Sequence[str] = ("_tiles",)  # parts that copies may share (`evaluation.simulator.clone`)
-    random_shares = RANDOM
+    idle = len(RANDOM) - 1  # "done" does nothing
 
     def __init__(self, env: MiniGridEnv, config: EnvConfig, level: str, *, height: int, width: int, words: int):
         super().__init__(env)
@@ -158,6 +165,32 @@ class BabyAIEnv(gymnasium.Wrapper):
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
         return self.frame()
+
+    def random_action(self, rng: np.random.Generator) -> int:
+        """One of the seven, with the shares of `RANDOM`."""
+        return draw(RANDOM, rng)
+
+    def expert(self, rng: np.random.Generator) -> "Bot":
+        """Minigrid's bot, which makes no use of chance."""
+        return Bot(self)
+
+
+class Bot:
+    """BabyAI's bot. It follows the episode through foreign actions too, told of each that was really taken."""
+
+    def __init__(self, env: BabyAIEnv):
+        self._bot = BabyAIBot(env)
+
+    def act(self, taken: int | None) -> int:
+        try:
+            return int(self._bot.replan(taken))
+        except Exception as error:  # whatever it asserts or trips over in a state it was not written for
+            raise ExpertFailure(f"{type(error).__name__}: {error}") from error
+
+
+def draw(shares: Sequence[float], rng: np.random.Generator) -> int:
+    """A class, drawn with the given shares."""
+    return int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares), side="right"))
 
 
 def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int) -> BabyAIEnv:

@@ -1,4 +1,4 @@
-"""Records episodes by scripted policies: BabyAI's expert, the expert with bursts of random actions, random play.
+"""Records episodes by scripted policies: an environment's expert, the expert with random bursts, random play.
 
 The data is meant to be mediocre: the noisy expert errs at any moment, also in front of the goal, so only a part of its
 episodes succeeds within ``env.max_steps``. Every episode is kept, successes and failures. Each shard is a function of
@@ -8,7 +8,7 @@ Nothing here imports JAX: worker processes must start fast and leave the acceler
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from minigrid.utils.baby_ai_bot import BabyAIBot
 
 from dreamer4_jax.config import ActionComponent, Config, DataConfig, UserError
 from dreamer4_jax.data import writer
 from dreamer4_jax.data.jobs import make_shards
 from dreamer4_jax.data.schema import Episode, action_array, chunks
 from dreamer4_jax.data.store import SPLITS, DatasetSpec
-from dreamer4_jax.envs import kinds
+from dreamer4_jax.envs import kinds, spaces
+from dreamer4_jax.envs.kinds import Expert, ExpertFailure
 
 POLICIES = ("bot", "noisy_bot", "aimless")
 # Levels whose missions BabyAI's bot cannot solve, according to its own documentation and our trials.
@@ -37,43 +37,40 @@ UNSOLVABLE = (
 FIRST_SEED = 2**30
 
 
-class BotFailure(Exception):
-    """BabyAI's bot raised an exception: its plan met a state it was not written for."""
-
-
 class Scripted:
     """One scripted policy in one episode, with privileged access to the simulator."""
 
     def __init__(self, policy: str, data: DataConfig, env: gymnasium.Env, rng: np.random.Generator):
         self._rng, self._data, self._policy = rng, data, policy
-        self._shares = env.get_wrapper_attr("random_shares")
-        self._bot = None if policy == "aimless" else BabyAIBot(env)
-        self._taken: int | None = None
-        self._burst = 0
+        self._random: Callable[[np.random.Generator], Any] = env.get_wrapper_attr("random_action")
+        self._expert: Expert | None = None if policy == "aimless" else env.get_wrapper_attr("expert")(rng)
+        self._taken: Any = None
+        self._burst = self._steps = 0
+        self.labels: dict[str, Any] = {}  # what an expert tells of the episode, for its meta data
 
-    def act(self) -> int:
+    def act(self) -> Any:
+        """The next action, as the environment takes it; raises `ExpertFailure`."""
         action = self._choose()
         self._taken = action
+        self._steps += 1
+        if subgoal := getattr(self._expert, "subgoal", ""):
+            runs = self.labels.setdefault("subgoals", [])
+            if not runs or runs[-1][1] != subgoal:
+                runs.append([self._steps, subgoal])
         return action
 
-    def _choose(self) -> int:
-        if self._bot is None:
-            return self._random()
-        try:
-            # The bot follows the episode even through a burst, told of each action that was really taken.
-            best = int(self._bot.replan(self._taken))
-        except Exception as error:
-            raise BotFailure(f"{type(error).__name__}: {error}") from error
+    def _choose(self) -> Any:
+        if self._expert is None:
+            return self._random(self._rng)
+        # The expert follows the episode even through a burst, told of each action that was really taken.
+        best = self._expert.act(self._taken)
         if self._policy == "noisy_bot":
             if self._burst == 0 and self._rng.random() < self._data.burst:
                 self._burst = self._data.burst_length
             if self._burst > 0:
                 self._burst -= 1
-                return self._random()
+                return self._random(self._rng)
         return best
-
-    def _random(self) -> int:
-        return int(np.searchsorted(np.cumsum(self._shares), self._rng.random() * sum(self._shares), side="right"))
 
 
 def choose_policy(data: DataConfig, rng: np.random.Generator) -> str:
@@ -85,73 +82,94 @@ def choose_policy(data: DataConfig, rng: np.random.Generator) -> str:
 class DataPolicy:
     """The data's own behaviour as a closed-loop policy: the mixture of the config, or one of `POLICIES` alone.
 
-    Follows the `Policy` and `SeesEnvironment` protocols of `evaluation.closed_loop`. Where the bot fails, it stands
-    still for the rest of the episode.
+    Follows the `Policy` and `SeesEnvironment` protocols of `evaluation.closed_loop`. Where the expert fails, it does
+    what the environment calls `idle` for the rest of the episode.
     """
 
-    def __init__(self, data: DataConfig, *, component: str = "move", policy: str | None = None):
+    def __init__(self, config: Config, *, policy: str | None = None):
         if policy is not None and policy not in POLICIES:
             raise UserError(f"scripted policy {policy!r}: choose one of {', '.join(POLICIES)}")
         self.name = policy or "data"
-        self._data, self._component, self._only = data, component, policy
+        self._data, self._components, self._only = config.data, config.actions, policy
         self._scripts: dict[int, Scripted] = {}
+        self._envs: dict[int, gymnasium.Env] = {}
 
     def begin(self, stream: int, env: gymnasium.Env, seed: int) -> None:
         rng = np.random.default_rng(seed)
+        self._envs[stream] = env
         self._scripts[stream] = Scripted(self._only or choose_policy(self._data, rng), self._data, env, rng)
 
     def end(self, stream: int) -> None:
         self._scripts.pop(stream, None)
+        self._envs.pop(stream, None)
 
     def reset(self, starting: Bool[np.ndarray, " E"]) -> None:
         """Nothing to forget: `begin` starts each episode afresh."""
 
     def act(self, images: UInt8[np.ndarray, "E H W 3"], tasks: Int[np.ndarray, "E words"]) -> dict[str, np.ndarray]:
-        # "Done" does nothing in BabyAI, where alone there are experts that fail.
-        actions = np.full(len(images), kinds.KINDS["babyai"].actions - 1, np.int32)
-        for stream in list(self._scripts):
+        out = spaces.nothing(self._components, len(images))
+        for stream, env in self._envs.items():
+            action = self._next(stream, env)
+            for name, value in spaces.from_env(action, self._components).items():
+                out[name][stream] = value
+        return out
+
+    def _next(self, stream: int, env: gymnasium.Env) -> Any:
+        if stream in self._scripts:
             try:
-                actions[stream] = self._scripts[stream].act()
-            except BotFailure:
+                return self._scripts[stream].act()
+            except ExpertFailure:
                 del self._scripts[stream]
-        return {self._component: actions}
+        return env.get_wrapper_attr("idle")
 
 
 def record(
     env: gymnasium.Env,
-    act: Callable[[], int],
+    act: Callable[[dict[str, np.ndarray]], Any],
     first: tuple[dict[str, np.ndarray], dict[str, Any]],
-    component: ActionComponent,
+    components: Sequence[ActionComponent],
     meta: dict[str, Any],
+    limit: int | None = None,
 ) -> Episode:
     """Plays one episode to its end and returns it in the alignment of `data.schema`.
 
     Args:
-        env: an adapter with `image` and `task` observations and one categorical action; already reset.
-        act: the next action.
+        env: an environment as `kinds.make` describes; already reset.
+        act: from an observation to the next action, as the environment takes it.
         first: what ``env.reset`` returned.
+        meta: of the episode; its steps are added, its success where the environment says what that is, and the frame of
+            each event that it names.
+        limit: the most frames; there an episode is cut.
     """
     observation, info = first
-    frames, task = [observation["image"]], observation["task"]
+    frames, tasks = [observation["image"]], [observation["task"]]
     actions, rewards = [], [0.0]
+    events: dict[str, int] = {}
     terminated = truncated = False
-    while not (terminated or truncated):
-        action = int(act())
+    while not (terminated or truncated or len(frames) == limit):
+        action = act(observation)
         observation, reward, terminated, truncated, info = env.step(action)
-        actions.append(action)
+        actions.append(spaces.from_env(action, components))
+        for name in info.get("events", ()):
+            events.setdefault(name, len(frames))
         frames.append(observation["image"])
+        tasks.append(observation["task"])
         rewards.append(float(reward))
-    t = len(frames)
-    moves, present = action_array(component, t), np.ones(t, np.bool_)
-    moves[1:], present[0] = actions, False
+    t, task = len(frames), np.stack(tasks)
+    taken = {part.name: action_array(part, t) for part in components}
+    for part in components:
+        if actions:
+            taken[part.name][1:] = [action[part.name] for action in actions]
     return Episode(
         frames=np.stack(frames),
-        actions={component.name: moves},
-        present={component.name: present},
+        actions=taken,
+        present={part.name: np.arange(t) > 0 for part in components},
         reward=np.asarray(rewards, np.float32),
         is_terminal=bool(terminated),
-        task=task,
-        meta={**meta, "steps": t - 1, "success": bool(info.get("success", sum(rewards) > 0))},
+        task=task[0] if (task == task[0]).all() else task,
+        meta={**meta, "steps": t - 1}
+        | ({"success": bool(info["success"])} if "success" in info else {})
+        | ({"events": events} if events else {}),
     )
 
 
@@ -171,7 +189,7 @@ class _Job:
 
 
 class _Tally:
-    """Counts of complete episodes by level and policy, and of episodes dropped because the bot failed."""
+    """Counts of complete episodes by level and policy, and of episodes dropped because the expert failed."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, dict[str, float]]] = {}
@@ -179,18 +197,20 @@ class _Tally:
 
     def add(self, episode: Episode) -> None:
         m = episode.meta
+        known = {"success": 0} if "success" in m else {}
         row = self.counts.setdefault(m["level"], {}).setdefault(
-            m["policy"], {"episodes": 0, "success": 0, "steps": 0, "return": 0.0}
+            m["policy"], {"episodes": 0, **known, "steps": 0, "return": 0.0}
         )
         row["episodes"] += 1
-        row["success"] += int(m["success"])
+        if known:
+            row["success"] += int(m["success"])
         row["steps"] += m["steps"]
         row["return"] += float(episode.reward.sum())
 
 
 def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None) -> Iterator[Episode]:
     """The endless stream of episodes of one shard, a function of (seed, shard) and the config."""
-    t, component = config.tokenizer, config.actions[0]
+    t = config.tokenizer
     tally = tally or _Tally()
     envs: dict[str, gymnasium.Env] = {}
     rng = np.random.default_rng([seed, shard])
@@ -206,12 +226,13 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
         meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}
         try:
             script = Scripted(policy, config.data, env, np.random.default_rng([seed, shard, episode_seed]))
-            episode = record(env, script.act, first, component, meta)
-        except BotFailure as error:
+            episode = record(env, lambda _, script=script: script.act(), first, config.actions, meta)
+            episode.meta.update(script.labels)
+        except ExpertFailure as error:
             tally.dropped.append({**meta, "error": str(error)})
             if len(tally.dropped) > 20 + kept:
                 raise UserError(
-                    f"env.levels: BabyAI's bot fails on level {level} more often than not (last: {error}); "
+                    f"env.levels: the scripted expert fails on level {level} more often than not (last: {error}); "
                     "remove the level, or set data.bot and data.noisy_bot to 0"
                 ) from error
             continue
@@ -234,11 +255,12 @@ def _make_shard(job: _Job) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """Raises `UserError` for a config whose episodes cannot be recorded, before anything is written."""
+    if config.env.kind == "none":
+        raise UserError("env.kind = 'none': there is no environment to record; give data.source or --data")
     kind = kinds.KINDS[config.env.kind]
-    if len(config.actions) != 1 or config.actions[0].kind != "categorical" or config.actions[0].size != kind.actions:
-        raise UserError(
-            f"actions = {config.actions!r}: {kind.name} takes one categorical component of size {kind.actions}"
-        )
+    wanted = kind.actions(config.env)
+    if not spaces.same(config.actions, wanted):
+        raise UserError(f"actions = {config.actions!r}: {kind.name} takes {spaces.describe(wanted)}")
     if config.agent.task_vocab < kind.vocabulary:
         raise UserError(
             f"agent.task_vocab = {config.agent.task_vocab}: {kind.name}'s words need at least {kind.vocabulary}"
@@ -285,14 +307,17 @@ def summarize(entries: list[dict[str, Any]]) -> dict[str, Any]:
             for policy, row in rows.items():
                 for key in ((level, policy), (level, "all"), ("all levels", policy), ("all levels", "all")):
                     into = sums.setdefault(key, dict.fromkeys(row, 0))
-                    for name, value in row.items():
-                        into[name] += value
+                    for name in list(into):  # what one part does not know (success), the whole does not
+                        if name in row:
+                            into[name] += row[name]
+                        else:
+                            del into[name]
     out: dict[str, Any] = {}
     for (level, policy), row in sorted(sums.items()):
         n = row["episodes"]
         out.setdefault(level, {})[policy] = {
             "episodes": int(n),
-            "success_rate": round(row["success"] / n, 4),
+            **({"success_rate": round(row["success"] / n, 4)} if "success" in row else {}),
             "mean_steps": round(row["steps"] / n, 3),
             "mean_return": round(row["return"] / n, 4),
         }

@@ -15,12 +15,21 @@ import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from jaxtyping import Float, Int, UInt8
 
-from dreamer4_jax.config import EnvConfig, UserError
+from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
 
 ACTIONS = ("left", "down", "right", "up")
 LEVELS = {"FrozenLake-v1": "4x4", "FrozenLake8x8-v1": "8x8"}
 VOCABULARY = 2  # padding and the one task
-RANDOM = (0.25,) * 4  # random play is uniform
+
+
+def levels() -> tuple[str, ...]:
+    """Names of its levels."""
+    return tuple(LEVELS)
+
+
+def actions(env_cfg: EnvConfig) -> tuple[ActionComponent, ...]:
+    """The four moves."""
+    return (ActionComponent("move", "categorical", len(ACTIONS)),)
 
 
 def _lake(level: str, render_mode: str | None = None) -> FrozenLakeEnv:
@@ -108,7 +117,6 @@ class FrozenLake(gymnasium.Wrapper):
     """One level as pixels. ``env.unwrapped`` is gymnasium's own environment."""
 
     shared: Sequence[str] = ("_pictures",)  # parts that copies may share (`evaluation.simulator.clone`)
-    random_shares = RANDOM
 
     def __init__(self, lake: FrozenLakeEnv, level: str, *, height: int, width: int, words: int, max_steps: int):
         super().__init__(lake)
@@ -148,6 +156,10 @@ class FrozenLake(gymnasium.Wrapper):
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
         return self._pictures[self.state].copy()
+
+    def random_action(self, rng: np.random.Generator) -> int:
+        """One of the four, uniformly."""
+        return min(int(rng.random() * len(ACTIONS)), len(ACTIONS) - 1)
 
 
 def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int) -> FrozenLake:

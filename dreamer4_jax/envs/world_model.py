@@ -24,8 +24,9 @@ from gymnasium.vector.utils import batch_space
 from jaxtyping import Array, Bool, Int, UInt8
 
 from dreamer4_jax.agent.heads import symexp_bins
-from dreamer4_jax.config import ActionComponent, Config, UserError
+from dreamer4_jax.config import Config, UserError
 from dreamer4_jax.data.store import open_dataset
+from dreamer4_jax.envs.spaces import action_space
 from dreamer4_jax.envs.starts import Starts
 from dreamer4_jax.inference import World, load_world, recording
 from dreamer4_jax.world.dynamics import Actions
@@ -131,21 +132,6 @@ class Dreams:
         return {name: np.asarray(value) for name, value in out.items()}
 
 
-def component_space(part: ActionComponent) -> gymnasium.Space:
-    """The gymnasium space of one action component."""
-    if part.kind in ("categorical", "mouse"):
-        return gymnasium.spaces.Discrete(part.size)
-    if part.kind == "binary":
-        return gymnasium.spaces.MultiBinary(part.size)
-    return gymnasium.spaces.Box(-1.0, 1.0, (part.size,), np.float32)
-
-
-def action_space(config: Config) -> gymnasium.Space:
-    """The space of a config's actions: that of its only component, or a Dict of several."""
-    spaces = {part.name: component_space(part) for part in config.actions}
-    return next(iter(spaces.values())) if len(spaces) == 1 else gymnasium.spaces.Dict(spaces)
-
-
 def observation_space(config: Config) -> gymnasium.spaces.Dict:
     """Frames and task words, as the real environment shows them."""
     t, a = config.tokenizer, config.agent
@@ -206,7 +192,7 @@ class WorldModelEnv(gymnasium.Env):
         self.config, self.render_mode = self._dreams.config, render_mode
         self.max_steps = _max_steps(self.config, max_steps)
         self.observation_space = observation_space(self.config)
-        self.action_space = action_space(self.config)
+        self.action_space = action_space(self.config.actions)
         self._frame: np.ndarray | None = None
         self._task = np.zeros(self.config.agent.task_words, np.int32)
         self._age = 0
@@ -265,7 +251,7 @@ class WorldModelVectorEnv(gymnasium.vector.VectorEnv):
         self.config, self.render_mode, self.num_envs = self._dreams.config, render_mode, num_envs
         self.max_steps = _max_steps(self.config, max_steps)
         self.single_observation_space = observation_space(self.config)
-        self.single_action_space = action_space(self.config)
+        self.single_action_space = action_space(self.config.actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._rngs: list[np.random.Generator] = []

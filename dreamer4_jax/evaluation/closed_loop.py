@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from dreamer4_jax.config import ActionComponent, UserError
+from dreamer4_jax.envs.spaces import from_env, nothing, to_env
 from dreamer4_jax.evaluation.metrics import Interval, bootstrap_ci, bootstrap_difference_ci
 
 
@@ -44,7 +45,10 @@ class SeesEnvironment(Protocol):
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What one policy did, one entry per episode, in the order of the episode list."""
+    """What one policy did, one entry per episode, in the order of the episode list.
+
+    `success` is 1 or 0, and NaN where the environment does not say what success is.
+    """
 
     policy: str
     levels: tuple[str, ...]
@@ -59,12 +63,17 @@ class EvalResult:
         return len(self.levels)
 
     def summary(self, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
-        """Success, return and length with bootstrap intervals, overall (stratified by level) and per level."""
+        """Success, return and length with bootstrap intervals, overall (stratified by level) and per level.
+
+        Success is None unless it is known of every episode.
+        """
 
         def measure(rows: np.ndarray, strata: np.ndarray | None) -> dict[str, Any]:
             out: dict[str, Any] = {"episodes": int(rows.sum())}
             for name, values in (("success", self.success), ("return", self.returns), ("length", self.lengths)):
-                out[name] = bootstrap_ci(values[rows], level, resamples, seed, strata=strata)._asdict()
+                known = np.isfinite(values[rows]).all()
+                found = bootstrap_ci(values[rows], level, resamples, seed, strata=strata) if known else None
+                out[name] = found and found._asdict()
             return out
 
         names = np.asarray(self.levels)
@@ -82,7 +91,7 @@ class EvalResult:
             "policy": self.policy,
             "levels": list(self.levels),
             "returns": [float(x) for x in self.returns],
-            "success": [bool(x) for x in self.success],
+            "success": [None if np.isnan(x) else bool(x) for x in self.success],
             "lengths": [int(x) for x in self.lengths],
             "seeds": [int(x) for x in self.seeds],
             "seconds": self.seconds,
@@ -94,7 +103,7 @@ class EvalResult:
             policy=data["policy"],
             levels=tuple(data["levels"]),
             returns=np.asarray(data["returns"], np.float64),
-            success=np.asarray(data["success"], bool),
+            success=np.asarray(data["success"], np.float64),  # NumPy reads None as NaN
             lengths=np.asarray(data["lengths"], np.int64),
             seeds=np.asarray(data["seeds"], np.int64),
             seconds=float(data["seconds"]),
@@ -102,13 +111,15 @@ class EvalResult:
 
 
 def compare(first: EvalResult, second: EvalResult, *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """Success and return of `first` minus those of `second`, paired by episode and stratified by level."""
+    """Success (None where it is not known) and return of `first` minus those of `second`, paired by episode and
+    stratified by level."""
     if first.levels != second.levels or (first.seeds != second.seeds).any():
         raise UserError(
             f"policies {first.policy!r} and {second.policy!r} did not play the same episodes: "
             "evaluate both with the same levels, episodes and seed"
         )
     strata = np.asarray(first.levels)
+    known = np.isfinite([first.success, second.success]).all()
 
     def difference(a: np.ndarray, b: np.ndarray) -> Interval:
         return bootstrap_difference_ci(a, b, level, seed=seed, strata=strata)
@@ -116,7 +127,7 @@ def compare(first: EvalResult, second: EvalResult, *, level: float = 0.95, seed:
     return {
         "first": first.policy,
         "second": second.policy,
-        "success": difference(first.success, second.success)._asdict(),
+        "success": difference(first.success, second.success)._asdict() if known else None,
         "return": difference(first.returns, second.returns)._asdict(),
     }
 
@@ -128,14 +139,6 @@ def episode_seed(seed: int, index: int, level: str, use: int = 0) -> int:
     """
     sequence = np.random.SeedSequence([seed, index, zlib.crc32(level.encode()), use])
     return int(sequence.generate_state(1)[0] >> 2)
-
-
-def env_action(actions: dict[str, np.ndarray], stream: int) -> Any:
-    """One categorical component goes to the environment as an int, several as a dictionary."""
-    if len(actions) == 1:
-        value = np.asarray(next(iter(actions.values())))[stream]
-        return int(value) if value.ndim == 0 and np.issubdtype(value.dtype, np.integer) else value
-    return {name: np.asarray(value)[stream] for name, value in actions.items()}
 
 
 def evaluate_policy(
@@ -153,7 +156,7 @@ def evaluate_policy(
     Args:
         policy: is called once per lockstep with all E = min(envs, episodes) streams. A stream without an episode left
             keeps its last observation and its actions are ignored, so the shapes never change.
-        make_env: level -> environment with observations ``{"image", "task"}`` and ``info["success"]`` on last steps.
+        make_env: level -> environment as `envs.kinds.make` describes.
         levels: episodes take them in turn.
         progress: called with (episodes finished, episodes) after each finished episode.
     """
@@ -166,7 +169,7 @@ def evaluate_policy(
     plan = [levels[i % len(levels)] for i in range(episodes)]
     seeds = np.asarray([episode_seed(seed, i, level) for i, level in enumerate(plan)], np.int64)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    success = np.zeros(episodes, bool)
+    success = np.full(episodes, np.nan)
     spare: dict[str, list[gymnasium.Env]] = {level: [] for level in plan}
     made: list[gymnasium.Env] = []
     running: list[tuple[int, gymnasium.Env] | None] = [None] * streams
@@ -213,15 +216,14 @@ def evaluate_policy(
                 if active is None:
                     continue
                 index, env = active
-                observation, reward, terminated, truncated, info = env.step(env_action(actions, stream))
+                observation, reward, terminated, truncated, info = env.step(to_env(actions, stream))
                 returns[index] += float(reward)
                 lengths[index] += 1
                 if not (terminated or truncated):
                     observe(stream, observation)
                     continue
-                if "success" not in info:
-                    raise UserError(f"level {plan[index]!r}: info['success'] is missing on the last step")
-                success[index] = bool(info["success"])
+                if "success" in info:
+                    success[index] = bool(info["success"])
                 if isinstance(policy, SeesEnvironment):
                     policy.end(stream)
                 spare[plan[index]].append(env)
@@ -266,19 +268,20 @@ class ScriptedPolicy:
     """The policy that recorded the data, or any other with privileged access to the environment.
 
     `factory(env, seed)` is called after each reset and returns a function without arguments that gives the episode's
-    next action; the seed is the episode's own, so that mixtures (expert, noisy, aimless) are drawn reproducibly.
+    next action, as the environment takes it; the seed is the episode's own, so that mixtures (expert, noisy, aimless)
+    are drawn reproducibly.
     """
 
     def __init__(
         self,
-        factory: Callable[[gymnasium.Env, int], Callable[[], int]],
-        component: str = "move",
+        factory: Callable[[gymnasium.Env, int], Callable[[], Any]],
+        actions: Sequence[ActionComponent],
         name: str = "data policy",
     ):
         self.name = name
         self._factory = factory
-        self._component = component
-        self._streams: dict[int, Callable[[], int]] = {}
+        self._actions = tuple(actions)
+        self._streams: dict[int, Callable[[], Any]] = {}
 
     def begin(self, stream: int, env: gymnasium.Env, seed: int) -> None:
         self._streams[stream] = self._factory(env, seed)
@@ -290,7 +293,8 @@ class ScriptedPolicy:
         """`begin` has already replaced the streams that start."""
 
     def act(self, images: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
-        out = np.zeros(len(images), np.int32)
+        out = nothing(self._actions, len(images))
         for stream, following in self._streams.items():
-            out[stream] = following()
-        return {self._component: out}
+            for name, value in from_env(following(), self._actions).items():
+                out[name][stream] = value
+        return out

@@ -289,23 +289,39 @@ def success_figure(results: Sequence[Mapping[str, Any]], highlight: Sequence[str
         results: summaries of `closed_loop.EvalResult`, in the order to show.
         highlight: policies drawn in the accent colour (all, if empty).
     """
+    figure, axes = _bars("Success rate (%), real environment", results, "success", 100, highlight)
+    axes.set_xlim(0, 112)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    return figure
+
+
+def return_figure(results: Sequence[Mapping[str, Any]], highlight: Sequence[str] = ()) -> Figure:
+    """As `success_figure`, of the return: for environments that do not say what success is."""
+    figure, axes = _bars("Return, real environment", results, "return", 1, highlight)
+    axes.margins(x=0.25)  # for the numbers at the ends
+    axes.axvline(0, color=INK, linewidth=0.8)
+    return figure
+
+
+def _bars(
+    title: str, results: Sequence[Mapping[str, Any]], measure: str, scale: float, highlight: Sequence[str]
+) -> tuple[Figure, Axes]:
     if not results:
-        raise UserError("success_figure: no results given")
-    figure, axes = _figure("Success rate (%), real environment", height=0.9 + 0.36 * len(results))
+        raise UserError(f"a figure of {measure}: no results given")
+    figure, axes = _figure(title, height=0.9 + 0.36 * len(results))
     axes.grid(visible=False)
     axes.grid(axis="x", color=INK, alpha=0.14, linewidth=0.7)
     for i, r in enumerate(results):
-        mean, low, high = (100 * r["success"][k] for k in ("mean", "low", "high"))
+        mean, low, high = (scale * r[measure][k] for k in ("mean", "low", "high"))
         colour = PALETTE[0] if not highlight or r["policy"] in highlight else PALETTE[-1]
         axes.barh(i, mean, color=colour, height=0.62, alpha=0.9)
         axes.errorbar(mean, i, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=INK, capsize=3, linewidth=1.3)
+        tip, away, side = (max(high, mean), 6, "left") if mean >= 0 else (min(low, mean), -6, "right")
         axes.annotate(
-            f"{mean:.1f}", (max(high, mean), i), xytext=(6, 0), textcoords="offset points", va="center", color=INK
+            f"{mean:.1f}", (tip, i), xytext=(away, 0), textcoords="offset points", va="center", ha=side, color=INK
         )
     axes.set_yticks(range(len(results)), [r["policy"] for r in results])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlim(0, 112)
-    axes.set_xticks([0, 25, 50, 75, 100])
     axes.spines["left"].set_visible(False)
-    return figure
+    return figure, axes

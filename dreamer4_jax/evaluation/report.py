@@ -291,12 +291,18 @@ def _closed_loop(data: Mapping[str, Any]) -> str | None:
         return None
     results = [r.summary() if isinstance(r, EvalResult) else r for r in c["results"]]
     highlight = c.get("highlight") or ()
-    parts = [_chart(plots.success_figure(results, highlight), "success rate of each policy")]
+    # An environment need not say what success is: then there are returns alone, of whatever size its rewards are.
+    known = all(r["success"] for r in results)
+    digits = 3 if max(abs(r["return"][end]) for r in results for end in ("low", "high")) < 10 else 1
+    if known:
+        parts = [_chart(plots.success_figure(results, highlight), "success rate of each policy")]
+    else:
+        parts = [_chart(plots.return_figure(results, highlight), "return of each policy")]
     rows = [
         (
             _text(r["policy"]),
-            _interval(r["success"], 100, 1),
-            _interval(r["return"], 1, 3),
+            *([_interval(r["success"], 100, 1)] if known else []),
+            _interval(r["return"], 1, digits),
             _interval(r["length"], 1, 1),
             _number(r["episodes"]),
         )
@@ -304,7 +310,7 @@ def _closed_loop(data: Mapping[str, Any]) -> str | None:
     ]
     parts.append(
         _table(
-            ("Policy", "Success %", "Return", "Length", "Episodes"),
+            ("Policy", *(["Success %"] if known else []), "Return", "Length", "Episodes"),
             rows,
             "The same seeded episodes for every policy; 95 % bootstrap intervals, stratified by level.",
         )
@@ -314,19 +320,23 @@ def _closed_loop(data: Mapping[str, Any]) -> str | None:
         differences = [
             (
                 f"{_text(d['first'])} − {_text(d['second'])}",
-                _interval(d["success"], 100, 1, signed=True),
-                _interval(d["return"], 1, 3, signed=True),
+                *([_interval(d["success"], 100, 1, signed=True)] if known else []),
+                _interval(d["return"], 1, digits, signed=True),
             )
             for d in comparisons
         ]
-        parts.append(_table(("Paired difference", "Success, points", "Return"), differences))
+        head = ("Paired difference", *(["Success, points"] if known else []), "Return")
+        parts.append(_table(head, differences))
     levels = list(dict.fromkeys(name for r in results for name in r.get("levels", {})))
     if levels:
+        measure, title, form = ("success", "Success by level, %", (100, 1)) if known else (
+            "return", "Return by level", (1, digits)
+        )  # fmt: skip
         by_level = [
-            (_text(r["policy"]), *(_interval(r["levels"].get(n, {}).get("success"), 100, 1) for n in levels))
+            (_text(r["policy"]), *(_interval(r["levels"].get(n, {}).get(measure), *form) for n in levels))
             for r in results
         ]
-        parts.append("<h3>Success by level, %</h3>" + _table(("Policy", *map(_short_level, levels)), by_level))
+        parts.append(f"<h3>{title}</h3>" + _table(("Policy", *map(_short_level, levels)), by_level))
     return "".join(parts)
 
 

@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array
 
 from dreamer4_jax.config import UserError
-from dreamer4_jax.evaluation.closed_loop import env_action
+from dreamer4_jax.envs.spaces import to_env
 from dreamer4_jax.world.oracle import OracleState, Transition, TransitionOracle, one_frame
 from dreamer4_jax.world.shortcut import observe
 
@@ -52,7 +52,7 @@ class EnvCopies:
                 images[i], cont[i], child[i] = ended, 0.0, at
                 continue
             branch = clone(env, int(self._rng.integers(2**31)))
-            observation, given, terminated, truncated, _ = branch.step(env_action(action, i))
+            observation, given, terminated, truncated, _ = branch.step(to_env(action, i))
             images[i], reward[i], cont[i] = observation["image"], given, not terminated
             self._nodes.append((branch, images[i] if terminated or truncated else None))
             child[i] = len(self._nodes) - 1

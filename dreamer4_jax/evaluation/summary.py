@@ -159,17 +159,21 @@ def _targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def agent_targets(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
-    """Phase 3 above phase 2, both above blind and random: intervals that do not overlap."""
-    found = {r.policy: r.summary()["success"] for r in results}
+    """Phase 3 above phase 2, both above blind and random: intervals that do not overlap. In success, or in return where
+    success is not known."""
+    summaries = {r.policy: r.summary() for r in results}
+    measure = "success" if all(s["success"] for s in summaries.values()) else "return"
+    text = _percent if measure == "success" else lambda interval: f"{interval['mean']:.2f}"
+    found = {name: s[measure] for name, s in summaries.items()}
     out = []
     baselines = [(agent, other) for agent in (CLONED, IMAGINED) for other in ("blind", "random")]
     for better, worse in [(IMAGINED, CLONED), *baselines]:
         if better in found and worse in found:
             out.append(
                 {
-                    "name": f"success of {better} above {worse}",
+                    "name": f"{measure} of {better} above {worse}",
                     "target": "95 % intervals apart",
-                    "value": f"{_percent(found[better])} against {_percent(found[worse])}",
+                    "value": f"{text(found[better])} against {text(found[worse])}",
                     "passed": _above(found[better], found[worse]),
                 }
             )

@@ -86,7 +86,8 @@ class ActionEncoder(nnx.Module):
                     code = jnp.einsum("btac,acd->btd", both, table)
                 case "continuous":
                     # Masked here already: a NaN in unlabelled data would pass through the gradient of the product.
-                    code = jnp.where(present, value.astype(jnp.float32), 0.0) @ table
+                    # Clipped as environments clip: beyond what it was trained on, a policy could have its way with it.
+                    code = jnp.clip(jnp.where(present, value.astype(jnp.float32), 0.0), -1.0, 1.0) @ table
             total = total + jnp.where(present, code, 0.0)
         return total
 
