@@ -18,7 +18,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dreamer4_jax.data.schema import SCHEMA_VERSION, DataError, Episode, chunks
-from dreamer4_jax.data.store import MANIFEST, NAME, REQUEST, Arrays, DatasetSpec, checksum
+from dreamer4_jax.data.store import MANIFEST, NAME, REQUEST, Arrays, DatasetSpec, checksum, listed
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -54,7 +54,7 @@ def write_shard(
     serializer = ExampleSerializer(features.get_serialized_info())
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    rewarded, count = [], 0
+    rewarded, episodes, count = [], [], 0
     try:
         for arrays, metas in chunks:
             tree: dict[str, Any] = {"segments": json.dumps(metas)}
@@ -74,6 +74,7 @@ def write_shard(
             record = serializer.get_tf_example(features.encode_example(tree))
             writer.write(record.SerializeToString(deterministic=True))
             rewarded.append((arrays["reward"] > 0) & ~arrays["is_first"])
+            episodes += listed(metas, count * spec.chunk)
             count += 1
         writer.close()
     except BaseException:
@@ -89,6 +90,7 @@ def write_shard(
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
         "rewarded": base64.b64encode(bits.tobytes()).decode(),
+        "episodes": episodes,
         **(extra or {}),
     }
     write_atomically(_note(path), json.dumps(entry))
