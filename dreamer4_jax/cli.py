@@ -44,7 +44,7 @@ def resolve(name: str, size: str, seed: int, overrides: Sequence[str]) -> Config
             f"unknown experiment or preset {name!r}: choose one of {', '.join([*experiments(), *PRESETS])}"
         )
     config = override(config, parse_overrides(list(overrides)))
-    if config.data.source:
+    if config.data.source or config.data.also:
         from dreamer4_jax.data.source import adopt
 
         config = adopt(config)
@@ -167,10 +167,18 @@ def _cmd_report(args: argparse.Namespace) -> None:
 
 
 def _cmd_bench(args: argparse.Namespace) -> None:
-    """training and generation speed against this machine's matmul rate; `generate`: the sampler of every preset"""
+    """training and generation speed against this machine's matmul rate; `generate`: the sampler of every preset;
+    `data`: what the input pipeline delivers against what training takes"""
     from dreamer4_jax.parallel.processes import choose_platform
 
     choose_platform()
+    if args.part == "data":
+        from dreamer4_jax import bench_data
+
+        config = resolve(args.experiment, "quick", 0, args.overrides)
+        return bench_data.main(
+            config, phases=args.phases, readers=args.readers, seconds=args.seconds, data=args.data, out=args.out
+        )
     if args.part != "generate":
         from dreamer4_jax.bench import main
 
@@ -269,12 +277,20 @@ def parser() -> argparse.ArgumentParser:
     sub = add("report", _cmd_report)
     sub.add_argument("run", help="run directory, or `experiments`")
     sub = add("bench", _cmd_bench)
-    sub.add_argument("part", nargs="?", choices=["reference", "generate"], default="reference", help="(reference)")
+    sub.add_argument(
+        "part", nargs="?", choices=["reference", "generate", "data"], default="reference", help="(reference)"
+    )
     sub.add_argument("--presets", default="", help="of generate, by commas (reference,tiny,small,base)")
     sub.add_argument("--steps", type=int, default=4, help="of generate: K (4)")
     sub.add_argument("--batch", default="1", help="of generate: streams side by side, by commas (1)")
     sub.add_argument("--aot", default="", metavar="TPUS", help="of generate: also estimate for these, e.g. v5e-1,v6e-1")
+    sub.add_argument("--experiment", default="quickstart", help="of data: experiment or preset (quickstart)")
+    sub.add_argument("--data", metavar="DIR", help="of data: a dataset to read (made up)")
+    sub.add_argument("--phases", default="tokenizer,dynamics", help="of data, by commas (tokenizer,dynamics)")
+    sub.add_argument("--readers", default="1,2", help="of data: threads that read ahead, by commas (1,2)")
+    sub.add_argument("--seconds", type=float, default=3.0, help="of data: how long each is read (3)")
     sub.add_argument("--out", help="also write the figures to this JSON file")
+    sub.set_defaults(overrides=[])  # field=value, of data
     sub = add("export", _cmd_export)
     sub.add_argument("run", help="run directory")
     sub.add_argument("--out", required=True, help="folder to make")

@@ -183,6 +183,13 @@ class DataConfig:
     burst: float = 0.25  # probability that a burst starts at a step
     burst_length: int = 3
     workers: int = 2
+    readers: int = 1  # threads of each process that read batches ahead of the training
+    also: tuple[str, ...] = ()  # further datasets, mixed in row by row
+    weights: tuple[float, ...] = ()  # of the first dataset and of each of `also`; empty: every window once an epoch
+    labelled: float = 1.0  # share of the training frames whose actions are known; the others count as unlabelled video
+    labelled_levels: tuple[
+        str, ...
+    ] = ()  # the share is of the frames of these levels, and no other's actions are known
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "layers width heads kv_heads head_dim ffn window height patch latents channels pack size agent_tokens k_max"
         " task_words task_vocab hidden head_layers bins horizon context sample_steps tile max_steps frames chunk"
-        " chunks_per_shard burst_length steps batch length long_every log_every save_every episodes envs clips",
+        " chunks_per_shard burst_length readers steps batch length long_every log_every save_every episodes envs clips",
         lambda v: v >= 1,
         "must be at least 1",
     ),
@@ -277,7 +284,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must be above 0, and finite",
     ),
     (
-        "lam alpha relevant_fraction input_floor bot noisy_bot burst image_fraction decay",
+        "lam alpha relevant_fraction input_floor labelled bot noisy_bot burst image_fraction decay",
         lambda v: 0 <= v <= 1,
         "must be in [0, 1]",
     ),
@@ -431,6 +438,13 @@ def validate(c: Config) -> None:
         "train.imagination.length",
         c.train.imagination.length,
         f"must hold a context of agent.context = {a.context} frames",
+    )
+    parts = 1 + len(c.data.also)
+    _require(
+        not c.data.weights or (len(c.data.weights) == parts and all(0 < w < math.inf for w in c.data.weights)),
+        "data.weights",
+        c.data.weights,
+        f"must be {parts} numbers above 0, one for the first dataset and one for each of data.also",
     )
     _require(
         c.data.bot + c.data.noisy_bot <= 1.0 + 1e-9,

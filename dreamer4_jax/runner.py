@@ -22,8 +22,17 @@ from rich.table import Table
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import WorldModelPolicy
 from dreamer4_jax.config import Config, ConfigError, UserError, override
+from dreamer4_jax.data.labels import labels_of
+from dreamer4_jax.data.mixture import mix
 from dreamer4_jax.data.pipeline import Loader
-from dreamer4_jax.data.source import convert_source, is_dataset, missing_labels, skipped_episodes
+from dreamer4_jax.data.source import (
+    convert_source,
+    is_dataset,
+    labelled_part,
+    missing_labels,
+    open_also,
+    skipped_episodes,
+)
 from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.envs.collect import DataPolicy, check_config, collect
@@ -86,8 +95,9 @@ class Run:
             raise UserError(f"--data {data_dir} and data.source = {config.data.source!r}: give one of them")
         if is_dataset(config.data.source):
             data_dir = config.data.source
+        self._also = open_also(config)
         if data_dir:
-            self._datasets["frames"] = open_dataset(data_dir, config)
+            self._datasets["frames"] = self._mixed([open_dataset(data_dir, config), *self._also])
         elif not config.data.source and not (Path(run_dir) / "config.json").exists():
             check_config(config)
         self.dir = open_run(run_dir, config, resume)
@@ -132,8 +142,12 @@ class Run:
                     if processes.is_main():
                         with self._timed("collect"):
                             self._record()
-            self._datasets["frames"] = open_dataset(self.raw_dir, self.config)
+            self._datasets["frames"] = self._mixed([open_dataset(self.raw_dir, self.config), *self._also])
         return self._datasets["frames"]
+
+    def _mixed(self, datasets: Sequence[Dataset]) -> Dataset:
+        """The run's own dataset, and those that the config adds to it."""
+        return mix(datasets, self.config.data.weights) if len(datasets) > 1 else datasets[0]
 
     def _record(self) -> None:
         if self.config.data.source:
@@ -147,11 +161,14 @@ class Run:
             tokenizer = self.model("tokenizer")
             self.collect()
             identity, out = checksum(tokenizer), self.dir / "data" / "tokens"
+            raw = [self.raw_dir, *(data.directory for data in self._also)]
+            outs = [out.with_name(f"tokens-{i}") if i else out for i in range(len(raw))]
             with processes.main_first("tokens"):
                 if processes.is_main():
                     with self._timed("tokens"):
-                        encode_dataset(tokenizer, self.raw_dir, out, progress=self.progress)
-            self._datasets["latents"] = open_dataset(out, self.config, identity=identity)
+                        for frames, tokens in zip(raw, outs, strict=True):
+                            encode_dataset(tokenizer, frames, tokens, progress=self.progress)
+            self._datasets["latents"] = self._mixed([open_dataset(o, self.config, identity=identity) for o in outs])
         return self._datasets["latents"]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -166,14 +183,17 @@ class Run:
 
     def variant(self, name: str, overrides: Mapping[str, Any]) -> Dynamics:
         """A dynamics model beside the run's own, trained as phase 1b is and on the same tokens, from a config that
-        differs in `overrides`: fields of `dynamics` and `train.dynamics`. Kept under checkpoints/<name>.
+        differs in `overrides`: fields of `dynamics` and `train.dynamics`, `data.labelled`, `data.labelled_levels`, and
+        the seed. Kept under checkpoints/<name>.
 
         Raises:
           ConfigError: a field of something else, on which the tokens may depend.
         """
         for field in overrides:
-            if not field.startswith(("dynamics.", "train.dynamics.")):
-                raise ConfigError(f"variant {name!r}: {field} is none of dynamics.* and train.dynamics.*")
+            if not field.startswith(("dynamics.", "train.dynamics.", "data.labelled")) and field != "seed":
+                raise ConfigError(
+                    f"variant {name!r}: {field} is none of dynamics.*, train.dynamics.*, data.labelled* and seed"
+                )
         if name in (*PHASES, "diffusion"):
             raise ConfigError(f"variant {name!r}: is a phase of the run itself; choose another name")
         if name not in self._models:
@@ -186,7 +206,7 @@ class Run:
             phase,
             config=phase.full,
             run_dir=self.dir,
-            seed=self.config.seed,
+            seed=phase.full.seed,
             resume=self.resume or model_path(self.dir, phase.name).is_dir(),
             progress=self.progress,
             mesh=self.mesh,
@@ -273,6 +293,7 @@ class Run:
             batch=32,
             length=c.train.agent.length,
             relevant_fraction=c.agent.relevant_fraction,
+            labels=labels_of(c, self.tokens()),
             seed=c.seed,
         )
         model = train_blind(loader.iterate(), c.actions, vocab=c.agent.task_vocab, seed=c.seed)
@@ -363,6 +384,8 @@ class Run:
 
     def obstacle(self) -> str:
         """Why phases 2 and 3 cannot be trained on the run's source, and "" where they can."""
+        if self.config.data.labelled == 0:
+            return "data.labelled = 0: no actions are known"
         if self.config.env.kind != "none":
             return ""
         frames = self.collect()
@@ -384,11 +407,15 @@ class Run:
 
     def _notes(self) -> list[str]:
         """What people must know of a run on data of their own."""
-        if self.config.env.kind != "none" or not is_dataset(str(self.raw_dir)):
+        if not is_dataset(str(self.raw_dir)):
             return []
+        labelled = labelled_part(self.config, self.collect())
+        if self.config.env.kind != "none":
+            return labelled
         reason = missing_labels(self.collect())
         played = "There is no environment to play in, so nothing was measured in closed loop."
-        return [f"Phases 2 and 3 are skipped: {reason}." if reason else played, *skipped_episodes(self.collect())]
+        skipped = f"Phases 2 and 3 are skipped: {reason}." if reason else played
+        return [skipped, *labelled, *skipped_episodes(self.collect())]
 
     def _played(self) -> list[EvalResult]:
         """Results of the policies that have been played, in the order of the table."""

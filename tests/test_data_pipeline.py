@@ -110,7 +110,7 @@ def test_relevant_rows_show_how_a_reward_was_earned(data):
     assert len(set(plain)) == len(plain) == 90 and count == 90
     all_relevant = Loader(data, batch=6, length=3, seed=0, relevant_fraction=1.0)
     starts = [s for step in range(40) for s, _ in all_relevant.rows(step)]
-    n = len(all_relevant._short.relevant)
+    n = len(all_relevant._short.pools[0].relevant)
     assert len(set(starts[:n])) == min(n, 240)
 
 

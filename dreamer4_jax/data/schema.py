@@ -4,7 +4,9 @@ Alignment: index t holds frame t, the action that led to frame t, and the reward
 of an episode has no action (``present`` is False) and reward 0; the frame after the last action is stored.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,6 +137,12 @@ def _summed_mouse(ids: Int[np.ndarray, " n"]) -> int:
 def _check(ok: bool, name: str, value: np.ndarray, want: str) -> None:
     if not ok:
         raise DataError(f"episode: {name} is {value.dtype} {[*value.shape]}: expected {want}")
+
+
+def episode_key(meta: Mapping[str, Any]) -> str:
+    """A hash of an episode's meta data, by which it is known in whatever pieces and order it is stored."""
+    own = {name: value for name, value in meta.items() if name not in ("start", "offset", "from")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def segments(is_first: Bool[np.ndarray, "*batch T"]) -> Int[np.ndarray, "*batch T"]:

@@ -8,6 +8,8 @@ import numpy as np
 from dreamer4_jax.config import Config, override, to_dict
 from dreamer4_jax.data import readers
 from dreamer4_jax.data.convert import convert
+from dreamer4_jax.data.labels import labels_of
+from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.store import MANIFEST, Dataset, open_dataset
 
 
@@ -18,7 +20,11 @@ def is_dataset(source: str) -> bool:
 
 def adopt(config: Config) -> Config:
     """The config with all that its source decides: action components, tasks, no environment; and a name of its own."""
-    source = config.data.source
+    if config.data.also:
+        config = override(config, {"data.also": [str(Path(p).expanduser().absolute()) for p in config.data.also]})
+    also, source = open_also(config), config.data.source
+    if not source:
+        return config
     if not source.startswith("gym:"):
         source = str(Path(source).expanduser().absolute())
     if is_dataset(source):
@@ -28,6 +34,7 @@ def adopt(config: Config) -> Config:
     else:
         reader = readers.open_source(source)
         actions, words, tasks = reader.space.components, 1, len(reader.tasks)
+    tasks = max([tasks, *(len(data.manifest.get("tasks", ())) for data in also)])
     values: dict[str, Any] = {
         "name": f"{config.name}-{readers.component_name(Path(source).stem)}",
         "data.source": source,
@@ -38,6 +45,14 @@ def adopt(config: Config) -> Config:
         "agent.task_vocab": max(config.agent.task_vocab, tasks + 1),
     }
     return override(config, values)
+
+
+def open_also(config: Config) -> list[Dataset]:
+    """The datasets that the run's own is mixed with (`data.also`)."""
+    for source in config.data.also:
+        if not is_dataset(source):
+            raise DataError(f"data.also: {source} is no dataset; make one of it with `dreamer4 data convert`")
+    return [open_dataset(source) for source in config.data.also]
 
 
 def convert_source(config: Config, out: Path, *, progress: bool) -> dict[str, Any]:
@@ -65,6 +80,12 @@ def missing_labels(dataset: Dataset) -> str:
     if not np.any(dataset.rewarded("train")):
         lacks.append("rewards above 0")
     return f"the data has no {' and no '.join(lacks)}" if lacks else ""
+
+
+def labelled_part(config: Config, dataset: Dataset) -> list[str]:
+    """A sentence on how much of the data is labelled, if it is a part only."""
+    labels = labels_of(config, dataset)
+    return [] if labels is None else [f"The actions of {labels} are known, the rest is unlabelled video."]
 
 
 def skipped_episodes(dataset: Dataset) -> list[str]:

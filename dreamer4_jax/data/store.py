@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from jaxtyping import Bool
 
 from dreamer4_jax.config import ActionComponent, Config
-from dreamer4_jax.data.schema import SCHEMA_VERSION, DataError, action_array
+from dreamer4_jax.data.schema import SCHEMA_VERSION, DataError, action_array, episode_key
 
 MANIFEST = "dataset.json"
 REQUEST = "request.json"  # what an unfinished directory was claimed for
@@ -122,6 +122,20 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def listed(metas: list[dict[str, Any]], at: int) -> list[str]:
+    """What a manifest says of the episodes that begin in the chunk at frame `at` of its shard: "FRAME KEY LEVEL"."""
+    return [f"{at + m['start']} {episode_key(m)} {m.get('level', '')}" for m in metas if m["offset"] == 0]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An episode, or a piece of one: where it begins in its split, its `schema.episode_key`, its level or ""."""
+
+    start: int
+    key: str
+    level: str
+
+
 class Shard:
     """One shard, opened when first read. Errors name the file."""
 
@@ -194,6 +208,29 @@ class Dataset:
             bits = np.frombuffer(base64.b64decode(text), np.uint8)
             out.append(np.unpackbits(bits, count=entry["chunks"] * self.spec.chunk).astype(np.bool_))
         return np.concatenate(out) if out else np.zeros(0, np.bool_)
+
+    def episodes(self, split: str) -> list[Listed]:
+        """The episodes of a split in the order of their frames, from the manifest; each lasts until the next begins.
+
+        Datasets that were written before manifests listed them are read through once.
+        """
+        out, chunk = [], 0
+        for entry in self.manifest["splits"][self._split(split)]:
+            at, t = chunk * self.spec.chunk, self.spec.chunk
+            lines = entry.get("episodes")
+            if lines is None:
+                lines = [x for i in range(entry["chunks"]) for x in listed(self.segments(split, chunk + i), i * t)]
+            for start, key, level in (line.split(" ", 2) for line in lines):
+                out.append(Listed(at + int(start), key, level))
+            chunk += entry["chunks"]
+        return out
+
+    def parts(self, split: str) -> list[tuple[float, int]]:
+        """(weight, number of streams) of each dataset that this is a mixture of, in order; of a plain one (1, all)."""
+        mixed = self.manifest.get("mixture")
+        if mixed is None:
+            return [(1.0, len(self._shards[self._split(split)]))]
+        return list(zip(mixed["weights"], mixed["streams"][self._split(split)], strict=True))
 
     def _parse(self, split: str, index: int) -> dict[str, Any]:
         shard, position = self._place[split][index]

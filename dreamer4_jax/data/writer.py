@@ -18,7 +18,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dreamer4_jax.data.schema import SCHEMA_VERSION, DataError, Episode, chunks
-from dreamer4_jax.data.store import MANIFEST, NAME, REQUEST, Arrays, DatasetSpec, checksum
+from dreamer4_jax.data.store import MANIFEST, NAME, REQUEST, Arrays, DatasetSpec, checksum, listed
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -56,6 +56,7 @@ def write_shard(
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     rewarded: list[np.ndarray] = []
     costly: list[np.ndarray] = []
+    episodes: list[Any] = []
     count = 0
     try:
         for arrays, metas in chunks:
@@ -77,6 +78,7 @@ def write_shard(
             writer.write(record.SerializeToString(deterministic=True))
             rewarded.append((arrays["reward"] > 0) & ~arrays["is_first"])
             costly.append((arrays["reward"] < 0) & ~arrays["is_first"])
+            episodes += listed(metas, count * spec.chunk)
             count += 1
         writer.close()
     except BaseException:
@@ -94,6 +96,7 @@ def write_shard(
         "bytes": path.stat().st_size,
         "sha256": checksum(path),
         **flags,
+        "episodes": episodes,
         **(extra or {}),
     }
     write_atomically(_note(path), json.dumps(entry))

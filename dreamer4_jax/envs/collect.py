@@ -334,7 +334,8 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
     directory = Path(out_dir)
     plan = _plan(config.data)
     d = dataclasses.asdict(config.data)
-    del d["workers"], d["source"]  # where it ran is no part of what was recorded, and it was made from no source
+    for name in ("workers", "source", "readers", "also", "weights", "labelled", "labelled_levels"):
+        del d[name]  # how it ran and is read is no part of what was recorded, and it was made from no source
     spec = DatasetSpec.of(config)
     request = {"seed": seed, "env": dataclasses.asdict(config.env), "data": d, "spec": spec.to_json()}
     writer.write_request(directory, request)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -41,9 +41,16 @@ class HeldOut:
 
         So only episodes of at least context + future frames are seen: short successes are not among them.
         """
-        e = config.evaluate
-        length, found = e.context + e.frames, clip_starts(config, frames)
-        chosen = np.sort(np.random.default_rng(seed).choice(found, e.clips, replace=False))
+        found = clip_starts(config, frames)
+        return cls.at(
+            config, frames, tokens, np.random.default_rng(seed).choice(found, config.evaluate.clips, replace=False)
+        )
+
+    @classmethod
+    def at(cls, config: Config, frames: Dataset, tokens: Dataset, starts: Int[np.ndarray, " n"]) -> "HeldOut":
+        """The clips that begin at `starts`, which are of `clip_starts`."""
+        e, chosen = config.evaluate, np.sort(starts)
+        length = e.context + e.frames
         raw = [frames.window("holdout", int(s), length) for s in chosen]
         coded = [tokens.window("holdout", int(s), length) for s in chosen]
         names = [part.name for part in config.actions]
@@ -69,6 +76,10 @@ class HeldOut:
             imagined_symbols=self.decoder.decode(video),
             last_symbols=symbols[:, self.context - 1],
         )
+
+    def unlabelled(self) -> "HeldOut":
+        """The same clips, no action of which is known."""
+        return replace(self, present={n: np.zeros_like(p) for n, p in self.present.items()})
 
     def shuffled(self, seed: int) -> "HeldOut":
         """The same clips with each one's actions taken from another: a model that ignores actions would not notice."""

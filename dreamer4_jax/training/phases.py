@@ -13,6 +13,7 @@ from dreamer4_jax.agent.heads import PolicyHead, agent_losses
 from dreamer4_jax.agent.imagination import imagination_losses, imagine
 from dreamer4_jax.agent.model import ActorCritic, Agent
 from dreamer4_jax.config import Config, PhaseConfig
+from dreamer4_jax.data.labels import labels_of
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.nn.transformer import first_of_segment
@@ -35,6 +36,8 @@ def _loader(
         long_length=phase.long_length,
         long_every=phase.long_every,
         relevant_fraction=relevant,
+        labels=labels_of(config, dataset),
+        threads=config.data.readers,
         seed=config.seed * 16 + salt,
         process_index=part[0],
         process_count=part[1],

@@ -1,8 +1,9 @@
 """Episodes as .npz files, one a file: DreamerV1 to V3 and Crafter's recorder, and what `envs.recorder` writes.
 
 Frames are the first of `FRAMES`, uint8 [T, H, W, 3]; actions ``action``, or ``actions/NAME`` for several components;
-``reward``; ``is_terminal`` (or ``terminal``, ``done``, ``discount``); ``task`` a text. By default row t holds the
-action that led to frame t, as these recorders write it; `--alignment taken` says otherwise. Pickles are refused.
+``reward``; ``is_terminal`` (or ``terminal``, ``done``, ``discount``); ``task`` and ``level`` texts. By default row t
+holds the action that led to frame t, as these recorders write it; `--alignment taken` says otherwise. Pickles are
+refused.
 """
 
 import zipfile
@@ -57,6 +58,12 @@ def _length(path: Path) -> int:
             return int(read(stream)[0][0])
 
 
+def _text(file: Any, *names: str) -> str:
+    """The first of some arrays that is a text, or ""."""
+    name = next((n for n in names if n in file.files and file[n].dtype.kind in "US"), None)
+    return str(file[name].reshape(-1)[0]) if name else ""
+
+
 class NpzReader(Reader):
     format = "npz"
 
@@ -81,8 +88,7 @@ class NpzReader(Reader):
 
     def _task(self, key: str) -> str:
         with reading(key), np.load(self._files[key], allow_pickle=False) as file:
-            name = next((n for n in ("task", "mission") if n in file.files and file[n].dtype.kind in "US"), None)
-            return str(file[name].reshape(-1)[0]) if name else ""
+            return _text(file, "task", "mission")
 
     def entries(self) -> list[Entry]:
         return [Entry(key, next(readable([key], self._length), 0)) for key in self._files]
@@ -112,7 +118,8 @@ class NpzReader(Reader):
                 rewards=reward,
                 is_terminal=ends,
                 task=self.task(task),
-                meta={"source": key, "task": task, "size": [*raw.shape[1:3]]},
+                meta={"source": key, "task": task, "size": [*raw.shape[1:3]]}
+                | ({"level": level} if (level := _text(file, "level")) else {}),
             )
 
 
