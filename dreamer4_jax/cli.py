@@ -125,6 +125,20 @@ def _cmd_train(args: argparse.Namespace) -> None:
 def _cmd_evaluate(args: argparse.Namespace) -> None:
     """play a run's policies in the real environment and measure its world model"""
     run = _reopen(args.run)
+    if args.env == "minerl":
+        from rich.console import Console
+
+        from dreamer4_jax.evaluation.minecraft import table
+
+        results = run.evaluate_minecraft(
+            args.policy or (),
+            python=args.minerl_python,
+            episodes=args.episodes,
+            streams=args.streams,
+            minutes=args.minutes,
+        )
+        Console().print(table(results))
+        return
     names = args.policy or list(run.policies())
     unknown = [name for name in names if name not in run.policies()]
     if unknown:
@@ -267,6 +281,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="run directory")
     sub.add_argument("--policy", action="append", help="only this policy (may be repeated)")
     sub.add_argument("--levels", help="other levels than the run's, separated by commas; not kept in the report")
+    sub.add_argument("--env", choices=["minerl"], help="instead of the run's: Minecraft, for runs on VPT recordings")
+    sub.add_argument("--minerl-python", default=sys.executable, metavar="PATH", help="the Python that has MineRL")
+    sub.add_argument("--episodes", type=int, default=1000, help="of minerl (1000, as the paper)")
+    sub.add_argument("--minutes", type=float, default=60.0, help="of an episode of minerl (60)")
+    sub.add_argument("--streams", type=int, default=1, help="games of minerl side by side (1)")
     sub = add("generate", _cmd_generate)
     sub.add_argument("run", help="run directory")
     sub.add_argument("--steps", type=int, default=4, help="sampling steps K per frame (4)")

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the user can mend. The command line prints the message alone and exits with code 2."""
 
 
+PERCEPTUAL_NETWORKS = ("lpips-hed", "efficientnet-lite0")  # whose weights packages carry
+PERCEPTUAL_FILES = (".safetensors", ".npz")
+
+
 class ConfigError(UserError, ValueError):
     """A configuration that cannot work, or an unknown preset, field or value."""
 
@@ -70,6 +74,10 @@ class TokenizerConfig:
     latent_grid: bool = True  # latents share the patches' 2-D positions (wants as many latents as patches)
     pack: int = 4  # adjacent latents merged into one spatial token of the dynamics
     mask_max: float = 0.9  # p ~ U(0, mask_max) per image
+    # The second term of Eq 5: none, lpips-hed, efficientnet-lite0, or a file of LPIPS-VGG weights (docs/perceptual.md).
+    perceptual: str = "none"
+    perceptual_weight: float = 0.2  # of the normalised term
+    perceptual_frames: int = 0  # frames of each row that it compares, drawn at each step; 0: all
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
 
@@ -272,14 +280,18 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda v: v >= 1,
         "must be at least 1",
     ),
-    ("seed time_every local_shift registers mtp workers long_length warmup", lambda v: v >= 0, "must be at least 0"),
+    (
+        "seed time_every local_shift registers mtp workers long_length warmup perceptual_frames",
+        lambda v: v >= 0,
+        "must be at least 0",
+    ),
     (
         "softcap local_space local_time beta dynamics_weight weight_decay",
         lambda v: 0 <= v < math.inf,
         "must be at least 0, and finite",
     ),
     (
-        "rope_base_time rope_base_space lr clip event_weight reward_scale ppo_clip awr_temperature",
+        "rope_base_time rope_base_space lr clip event_weight reward_scale ppo_clip awr_temperature perceptual_weight",
         lambda v: 0 < v < math.inf,
         "must be above 0, and finite",
     ),
@@ -360,6 +372,12 @@ def validate(c: Config) -> None:
             t.pack,
             f"its {t.pack_block} blocks of latents must tile the {t.grid} grid of patches",
         )
+    _require(
+        t.perceptual in ("none", *PERCEPTUAL_NETWORKS) or t.perceptual.endswith(PERCEPTUAL_FILES),
+        "tokenizer.perceptual",
+        t.perceptual,
+        f"choose one of none, {', '.join(PERCEPTUAL_NETWORKS)}, or a file {' or '.join(PERCEPTUAL_FILES)}",
+    )
     _require(
         t.encoder.width == t.decoder.width,
         "tokenizer.decoder.width",

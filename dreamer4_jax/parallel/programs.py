@@ -18,6 +18,7 @@ from dreamer4_jax.parallel.sharding import Rules, batch_shardings, cache_shardin
 from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from dreamer4_jax.training.state import TrainState, init_state, make_train_step
+from dreamer4_jax.world import perceptual
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.precision import cast_once
 from dreamer4_jax.world.shortcut import next_frame
@@ -117,7 +118,7 @@ def _phase(config: Config, name: str, key: Any) -> Any:
     none: Any = None
     match name:
         case "tokenizer":
-            return TokenizerPhase(config, none)
+            return TokenizerPhase(config, none, distance=perceptual.zeros(config.tokenizer.perceptual))
         case "dynamics":
             return DynamicsPhase(config, none)
         case "agent":
@@ -163,6 +164,9 @@ def training_step(
 
 def _phase_of_shapes(config: Config, name: str) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
+    if name == "tokenizer":
+        distance = jax.eval_shape(lambda: perceptual.zeros(config.tokenizer.perceptual))
+        return TokenizerPhase(config, None, distance=distance)  # type: ignore[arg-type]
     if name == "agent":
         return AgentPhase(config, None, jax.eval_shape(lambda k: Dynamics(config, k), key))  # type: ignore[arg-type]
     if name == "imagination":

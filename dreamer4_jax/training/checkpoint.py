@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dreamer4_jax.config import UserError, complete
@@ -30,6 +31,15 @@ class CheckpointError(UserError):
 def fingerprint(config: Mapping[str, Any]) -> str:
     """A short hash of a config's JSON."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checksum(model: Any) -> str:
+    """Identity of a model's weights: SHA-256 over its arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def first_difference(a: Any, b: Any, at: str = "") -> tuple[str, Any, Any] | None:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -185,11 +185,15 @@ class _Run:
         phase_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.name.encode()))
         self.init_key, run_key = jax.random.split(phase_key)
         self.run_key = processes.spread(run_key, NamedSharding(mesh, PartitionSpec()))
-        frozen = phase.frozen  # once: a property may make it anew, or hold NumPy arrays
-        self.frozen = processes.spread(frozen, rules.shardings(frozen, mesh))
         self.shapes: set[tuple] = set()
         self.part = processes.part(mesh)
         self.stops = processes.Agreement(mesh)
+
+    @cached_property
+    def frozen(self) -> Any:
+        """What the loss reads and nothing trains, on the devices; a phase that is finished does not ask for it."""
+        frozen = self.phase.frozen  # once: a property may make it anew, or hold NumPy arrays
+        return processes.spread(frozen, self.rules.shardings(frozen, self.mesh))
 
     def start(self, at: int | None, batch: Batch) -> TrainState:
         """The restored state of step `at`, or a new one; and the step that updates it."""
@@ -204,7 +208,14 @@ class _Run:
                 make = jax.jit(partial(init_state, self.phase, self.optimizer, batch), out_shardings=shardings)
                 return make(processes.spread(self.init_key, NamedSharding(self.mesh, PartitionSpec())), base)
             placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-            return self.checkpoints.restore(placed, step=at, config=self.config)[0]
+            state, meta = self.checkpoints.restore(placed, step=at, config=self.config)
+            if meta.get("frozen", "") != self.phase.identity:
+                raise CheckpointError(
+                    f"checkpoint {self.checkpoints.path(at)} was trained with other frozen weights: "
+                    f"{meta.get('frozen') or 'none'} there and {self.phase.identity or 'none'} here; restore those, or "
+                    "choose another run directory"
+                )
+            return state
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Dispatches one update; returns before it is computed."""
@@ -226,6 +237,7 @@ class _Run:
         """Starts a checkpoint of a state that is known to be finite."""
         with self.ledger.time("save"):
             meta = {"config": self.config, "phase": self.phase.name, "seconds": round(self.ledger.total, 3)}
+            meta["frozen"] = self.phase.identity
             self.checkpoints.save(step, state, meta)
         self.save_ledger()
         return self.checkpoints.path(step)
@@ -414,6 +426,7 @@ def _finish(run: _Run, state: TrainState, writer: MetricsWriter | NoWriter) -> P
     with run.ledger.time("save"):
         run.checkpoints.wait()
         meta = {"config": run.config, "phase": phase.name, "step": steps, "evaluation": scores}
+        meta["frozen"] = phase.identity
         save_model(model_path(run.run_dir, phase.name), state.ema, meta)
     run.save_ledger()
     return PhaseResult(state.ema, steps, run.ledger.total, True, scores, state)

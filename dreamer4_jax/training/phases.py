@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,9 +18,12 @@ from dreamer4_jax.data.labels import labels_of
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.training.checkpoint import checksum
 from dreamer4_jax.training.state import ALONE, Part
+from dreamer4_jax.world import perceptual
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.oracle import TransitionOracle
+from dreamer4_jax.world.perceptual import Distance
 from dreamer4_jax.world.shortcut import shortcut_forward
 from dreamer4_jax.world.tokenizer import Tokenizer, tokenizer_loss
 
@@ -61,14 +65,29 @@ def separate_images(
 
 @dataclass
 class TokenizerPhase:
-    """Phase 1a: reconstruct video from partly dropped patches (paper Eq 5)."""
+    """Phase 1a: reconstruct video from partly dropped patches (paper Eq 5).
+
+    Attributes:
+      distance: the network of the perceptual term, instead of loading the one that the config names.
+    """
 
     full: Config
     dataset: Dataset
     name: str = "tokenizer"
-    frozen: Any = None
+    distance: Distance | None = None
     start_from: Any = None
-    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def frozen(self) -> Distance | None:
+        return self.distance or perceptual.load(self.full.tokenizer.perceptual)
+
+    @cached_property
+    def identity(self) -> str:
+        return "" if self.frozen is None else f"{self.full.tokenizer.perceptual} {checksum(self.frozen)}"
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"perceptual": self.full.tokenizer.perceptual_weight}
 
     @property
     def config(self) -> PhaseConfig:
@@ -79,8 +98,7 @@ class TokenizerPhase:
 
     def loss(self, model: Tokenizer, ema: Any, frozen: Any, batch: dict[str, Any], key: Array) -> tuple[Terms, Terms]:
         segments = first_of_segment(batch["is_first"])
-        loss, metrics = tokenizer_loss(model, batch["frames"], key, segments=segments)
-        return {"reconstruction": loss}, metrics
+        return tokenizer_loss(model, batch["frames"], key, segments=segments, distance=frozen)
 
     def batches(self, start: int, part: Part = ALONE) -> Iterator[dict[str, Any]]:
         for batch in _loader(self.full, self.config, self.dataset, part, 1).iterate(start):
@@ -98,6 +116,7 @@ class DynamicsPhase:
     dataset: Dataset
     name: str = "dynamics"
     frozen: Any = None
+    identity: str = ""
     start_from: Any = None
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -135,6 +154,7 @@ class AgentPhase:
     dynamics: Dynamics
     name: str = "agent"
     frozen: Any = None
+    identity: str = ""
 
     @property
     def config(self) -> PhaseConfig:
@@ -192,6 +212,7 @@ class ImaginationPhase:
     agent: Agent
     name: str = "imagination"
     frozen: Any = field(init=False)
+    identity: str = ""  # what is frozen was trained in this run
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,11 @@ class Phase(Protocol):
         """Arrays that the loss reads and nothing trains (a pytree, or None)."""
 
     @property
+    def identity(self) -> str:
+        """Names those of the frozen arrays that come from outside the run, as their name and checksum do; "" if none
+        do. They are in no checkpoint: to resume with others is refused."""
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """Factors of the normalised loss terms; 1 for those that are not named."""
 

@@ -19,6 +19,7 @@ from dreamer4_jax.nn import cache as ring
 from dreamer4_jax.nn import layers
 from dreamer4_jax.nn.attention import Mask
 from dreamer4_jax.nn.transformer import Transformer
+from dreamer4_jax.world.perceptual import Distance, perceptual_loss
 
 PATCH, LATENT = 0, 1
 ENCODER_RULES = ((True, False), (True, True))  # rows: patch, latent; columns: what they may see
@@ -214,12 +215,25 @@ def sample_drop(key: Array, shape: tuple[int, ...], mask_max: float) -> Bool[Arr
 
 
 def tokenizer_loss(
-    model: Tokenizer, video: Array, key: Array, *, segments: Int[Array, "B T"] | None = None
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean squared error over all patches of the frame, decoded from partly dropped inputs (MSE term of paper Eq 5)."""
+    model: Tokenizer,
+    video: Array,
+    key: Array,
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    distance: Distance | None = None,
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Array]]:
+    """The terms of paper Eq 5, not yet weighted, over all patches of the frame, decoded from partly dropped inputs.
+
+    Returns:
+      {"reconstruction": mean squared error}, with "perceptual" where a `distance` is given; and metrics.
+    """
     cfg = model.cfg
     target = to_float(video)
     drop = sample_drop(key, (*video.shape[:2], cfg.patches), cfg.mask_max)
     output = model.reconstruct(model.encode(video, drop=drop, segments=segments), segments=segments)
     mse = jnp.mean((output - target) ** 2)
-    return mse, {"mse": mse, "psnr_dropped": -10.0 * jnp.log10(jnp.maximum(mse, 1e-10))}
+    terms = {"reconstruction": mse}
+    if distance is not None:
+        key = jax.random.fold_in(key, 2)  # 0 and 1 are those that `sample_drop` splits off
+        terms["perceptual"] = perceptual_loss(distance, output, target, key, cfg.perceptual_frames)
+    return terms, {"mse": mse, "psnr_dropped": -10.0 * jnp.log10(jnp.maximum(mse, 1e-10))}
