@@ -272,7 +272,7 @@ class Run:
             return {}
         return {
             "random": lambda: RandomPolicy(c.actions, seed=seed),
-            "data": lambda: DataPolicy(c.data),
+            "data": lambda: DataPolicy(c),
             "blind": self._blind,
             **self.trained_policies(),
         }
