@@ -113,6 +113,7 @@ class Call:
     args: argparse.Namespace
     console: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.perf_counter)
+    commit: str | None = field(default_factory=lambda: commit())  # of the code at the start
 
     def say(self, text: str) -> None:
         self.console.print(f"[bold]{text}[/bold]", highlight=False)
@@ -161,7 +162,7 @@ class Call:
             "size": self.size,
             "command": self.command,
             "seeds": list(self.seeds),
-            "commit": commit(),
+            "commit": self.commit,
             "machine": machine(),
             "versions": versions((*PACKAGES, *self.study.packages)),
             "seconds": round(time.perf_counter() - self.began, 1),
