@@ -149,7 +149,7 @@ def test_a_bad_config_is_one_line(argv, match, capsys, tmp_path):
 def test_collect_refuses_before_it_makes_the_directory(capsys, tmp_path):
     out = str(tmp_path / "data")
     refused(capsys, tmp_path, "collect", "tiny", "--out", out, *TOY, match=("actions", "size 7"))
-    refused(capsys, tmp_path, "collect", "huge", "--out", out, match=("unknown experiment or preset 'huge'",))
+    refused(capsys, tmp_path, "collect", "huge", "--out", out, match=("unknown environment 'huge'", "quickstart, tiny"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refused(capsys, tmp_path, "collect", "tiny", "--out", str(tmp_path / "mine"), match=("mine is not empty",))

@@ -48,8 +48,8 @@ class Scripted:
         self._burst = self._steps = 0
         self.labels: dict[str, Any] = {}  # what an expert tells of the episode, for its meta data
 
-    def act(self) -> Any:
-        """The next action, as the environment takes it; raises `ExpertFailure`."""
+    def act(self, observation: Any = None) -> Any:
+        """The next action, as the environment takes it, whatever is observed; raises `ExpertFailure`."""
         action = self._choose()
         self._taken = action
         self._steps += 1
@@ -226,7 +226,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
         meta = {"level": level, "policy": policy, "seed": episode_seed, "mission": first[1]["mission"]}
         try:
             script = Scripted(policy, config.data, env, np.random.default_rng([seed, shard, episode_seed]))
-            episode = record(env, lambda _, script=script: script.act(), first, config.actions, meta)
+            episode = record(env, script.act, first, config.actions, meta)
             episode.meta.update(script.labels)
         except ExpertFailure as error:
             tally.dropped.append({**meta, "error": str(error)})

@@ -64,7 +64,7 @@ class Planner:
         self._at: Cell = (int(player.pos[0]), int(player.pos[1]))
         self._facing: Cell = (int(player.facing[0]), int(player.facing[1]))
         self._has, self._done = player.inventory, player.achievements
-        self._others = [o for o in world.objects if o is not player and not o.removed]
+        self._others: list[Any] = [o for o in world.objects if o is not player and not o.removed]
         self._taken = world._obj_map > 0
         self._taken[self._at] = False
         self._foes = [o for o in self._others if isinstance(o, objects.Zombie | objects.Skeleton)]

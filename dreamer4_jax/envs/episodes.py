@@ -50,8 +50,8 @@ def recording_config(
 
         trained = read_config(policy)
         t = trained.tokenizer
-        if size not in (None, (t.height, t.width)):
-            raise UserError(f"--size {size[0]}x{size[1]}: {policy} was trained at {t.height}x{t.width}")  # type: ignore[index]
+        if size and size != (t.height, t.width):
+            raise UserError(f"--size {size[0]}x{size[1]}: {policy} was trained at {t.height}x{t.width}")
         size, words = (t.height, t.width), trained.agent.task_words
     height, width = size or (64, 64)
     values: dict[str, Any] = {
@@ -163,7 +163,7 @@ class _Player:
             self._trained.reset()
             return self._trained.act, {}
         script = Scripted(SCRIPTS[self._job.policy], self._job.config.data, env, rng)
-        return lambda _: script.act(), script.labels
+        return script.act, script.labels
 
     def close(self) -> None:
         for env in self._envs.values():
@@ -244,7 +244,8 @@ def collect_episodes(
         "spec": spec.to_json(),
     }
     writer.write_request(directory, request)
-    jobs, place = [], []
+    jobs: list[Job] = []
+    place: list[tuple[str, int]] = []
     for split, first in zip(splits, starts, strict=True):
         index = sum(s == split for s, _ in place)
         path = directory / writer.shard_file(split, index, splits.count(split))

@@ -23,11 +23,6 @@ LEVELS = {"FrozenLake-v1": "4x4", "FrozenLake8x8-v1": "8x8"}
 VOCABULARY = 2  # padding and the one task
 
 
-def levels() -> tuple[str, ...]:
-    """Names of its levels."""
-    return tuple(LEVELS)
-
-
 def actions(env_cfg: EnvConfig) -> tuple[ActionComponent, ...]:
     """The four moves."""
     return (ActionComponent("move", "categorical", len(ACTIONS)),)

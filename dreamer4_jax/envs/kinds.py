@@ -3,7 +3,6 @@
 A kind is a module of this package with
 
     VOCABULARY: int                                            word ids of its tasks
-    levels() -> Sequence[str]                                  names of all its levels
     actions(env_cfg) -> tuple[ActionComponent, ...]            of its levels, the same for all of them
     make(env_cfg, level, *, height, width, words) -> Env       `make` below says what an environment is like
 
