@@ -165,5 +165,6 @@ def test_a_run_mixes_frames_and_their_tokens(pair, tmp_path):
     half = frames.frames("train") // 2
     assert any(f"50 % of the training frames ({half} of {2 * half})" in note for note in run._notes())
     for share, reason in ((0.5, ""), (0.0, "data.labelled = 0: no actions are known")):
-        other = override(config, {"data.labelled": share, "evaluate.clips": 1, "evaluate.context": 1, "evaluate.frames": 1})
+        fields = {"data.labelled": share, "evaluate.clips": 1, "evaluate.context": 1, "evaluate.frames": 1}
+        other = override(config, fields)
         assert Run(other, tmp_path / f"run-{share}", progress=False).obstacle() == reason
