@@ -51,7 +51,7 @@ ONLY = "first look"  # the model that knows actions of the first look alone
 NO_ACTIONS = "no actions"
 K = 4
 
-STACK = dict(layers=4, width=128, heads=4, head_dim=32, ffn=344, window=16, time_every=2, scan=False)
+STACK = dict(layers=4, width=64, heads=4, head_dim=16, ffn=176, window=12, time_every=2, scan=False)
 FIELDS: dict[str, Any] = {
     "data.chunk": 32,
     "evaluate.context": 8,
@@ -62,17 +62,10 @@ FIELDS: dict[str, Any] = {
     "dynamics.registers": 5,
     "dynamics.condition_spatial": True,
     "dynamics.input_floor": 0.1,
-    "train.tokenizer": {"steps": 800, "batch": 16, "length": 1, "lr": 3e-3},
-    "train.dynamics": {
-        "steps": 400,
-        "batch": 8,
-        "lr": 6e-3,
-        "optimizer": "muon",
-        "warmup": 20,
-        "ema": 0.99,
-        "decay": 0.4,
-    },
-}
+    "train.tokenizer": {"steps": 600, "batch": 16, "length": 1, "lr": 3e-3},
+    "train.dynamics": {"steps": 500, "batch": 6, "length": 12, "lr": 6e-3, "optimizer": "muon", "warmup": 20,
+                       "ema": 0.99, "decay": 0.4},
+}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(
         looks=("bare", "blocks"), episodes=16, clips=3, shares=(0.0, 0.04, 1.0),
@@ -80,7 +73,7 @@ SIZES: dict[str, dict[str, Any]] = {
                 "train.dynamics.warmup": 1, "train.dynamics.batch": 4},
     ),
     "laptop": dict(
-        looks=("bare", "blocks"), episodes=300, clips=48, shares=(0.0, 0.004, 0.04, 0.4, 1.0), fields=FIELDS,
+        looks=("bare", "blocks"), episodes=160, clips=32, shares=(0.0, 0.004, 0.04, 0.4, 1.0), fields=FIELDS,
     ),
     # The preset `small`, on the game as it was published, and blocks.
     "tpu": dict(
@@ -281,7 +274,8 @@ def finding(found: dict[str, Any], rows: Sequence[dict[str, Any]], looks: Sequen
         "Of that gain: "
         + "; ".join(
             f"{100 * r['share_of_frames']:.2g} % of the frames labelled "
-            f"({round(r['share_of_frames'] * first['frames'])}) {text(r['psnr'])} % of PSNR, {text(r['ssim'])} % of SSIM"
+            f"({round(r['share_of_frames'] * first['frames'])}) {text(r['psnr'])} % of PSNR, "
+            f"{text(r['ssim'])} % of SSIM"
             for r in found["by_share"][1:-1]
         )
         + "."

@@ -143,6 +143,7 @@ def test_a_run_mixes_frames_and_their_tokens(pair, tmp_path):
                 "data.source": str(pair[0].directory),
                 "data.also": [str(pair[1].directory)],
                 "data.weights": "1,3",
+                "data.labelled": 0.5,
                 "data.chunk": 24,  # of windows; datasets keep their own
                 "tokenizer.encoder": FLAT,
                 "tokenizer.decoder": FLAT,
@@ -161,3 +162,9 @@ def test_a_run_mixes_frames_and_their_tokens(pair, tmp_path):
         tokens.window("train", at, 5)["actions/move"], pair[1].window("train", 3, 5)["actions/move"]
     )
     assert (run.dir / "data" / "tokens-1" / "dataset.json").exists()
+    half = frames.frames("train") // 2
+    assert any(f"50 % of the training frames ({half} of {2 * half})" in note for note in run._notes())
+    for share, reason in ((0.5, ""), (0.0, "data.labelled = 0: no actions are known")):
+        fields = {"data.labelled": share, "evaluate.clips": 1, "evaluate.context": 1, "evaluate.frames": 1}
+        other = override(config, fields)
+        assert Run(other, tmp_path / f"run-{share}", progress=False).obstacle() == reason

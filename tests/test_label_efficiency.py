@@ -14,8 +14,9 @@ def rows(worth, *, seeds=3, clips=40, noise=0.3):
         for model, (share, percent) in worth.items():
             for look, own in base.items():
                 score = own + 2 * percent / 100 + rng.normal(0, noise, clips)
-                out.append({"seed": seed, "model": model, "look": look, "labelled_frames": round(1000 * share),
-                            "frames": 1000, "clips": {"psnr": score.tolist(), "ssim": (score / 40).tolist()}})  # fmt: skip
+                known = {"labelled_frames": round(1000 * share), "frames": 1000}
+                found = {"psnr": score.tolist(), "ssim": (score / 40).tolist()}
+                out.append({"seed": seed, "model": model, "look": look, **known, "clips": found})
     return out
 
 
