@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -155,6 +156,16 @@ def encode(frames, is_first):
     assert frames.shape[0] == is_first.shape[0] == 4  # always called with batch_chunks chunks
     corners = frames[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     return corners.astype(np.float32) / 256
+
+
+def test_stored_latents_are_eight_times_as_fine_as_in_bfloat16(original, tmp_path):
+    latents = np.tanh(np.random.default_rng(0).standard_normal((8, CHUNK, 4, 3)) * 2).astype(np.float32)
+    write_tokens(original, tmp_path / "tokens", lambda frames, first: latents, identity="a", batch_chunks=8)
+    tokens = open_dataset(tmp_path / "tokens")
+    stored = np.stack([tokens.chunk("train", i)["latents"] for i in range(8)]).astype(np.float32)
+    rounded = latents.astype(ml_dtypes.bfloat16).astype(np.float32)
+    errors = [np.abs(x - latents).max() for x in (stored, rounded)]
+    assert 0 < errors[0] <= 2**-12 and 6 * errors[0] < errors[1] <= 2**-9
 
 
 def test_tokens_round_trip_and_identity(original, tmp_path):

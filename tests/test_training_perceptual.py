@@ -48,15 +48,19 @@ def data(tmp_path_factory):
     return open_dataset(directory)
 
 
+STEPS = {}  # compiled once for each kind of phase and config
+
+
+def make_train_step(phase, optimizer, shardings=None):
+    """Without optimisation, and without donation: states are used twice here."""
+    step = state.make_train_step(phase, optimizer, shardings).__wrapped__
+    return STEPS.setdefault((type(phase), phase.full), jax.jit(step, compiler_options=QUICK))
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few channels, and steps compiled without optimisation."""
+    """Few channels, and quick compilation."""
     monkeypatch.setattr(perceptual, "BLOCKS", small_vgg.BLOCKS)
-
-    def make_train_step(phase, optimizer, shardings):
-        step = state.make_train_step(phase, optimizer, shardings).__wrapped__
-        return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
-
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
 
 
@@ -98,20 +102,18 @@ def test_off_it_changes_no_bit(data, tmp_path):
 
 def test_on_it_is_normalised_weighted_and_frozen(data):
     net = small_net()
-    made = phase(data, config(**{"tokenizer.perceptual_weight": 0.3}), distance=net)
+    made = phase(data, config(), distance=net)
     optimizer, batch, key = make_optimizer(made.config), next(made.batches(0)), jax.random.key(1)
-    step = jax.jit(state.make_train_step(made, optimizer).__wrapped__, compiler_options=QUICK)
-    after, metrics = step(state.init_state(made, optimizer, batch, key), made.frozen, batch, key)
+    after, metrics = make_train_step(made, optimizer)(state.init_state(made, optimizer, batch, key), made.frozen, batch, key)
     parts = float(metrics["scaled/reconstruction"]), float(metrics["scaled/perceptual"])
-    np.testing.assert_allclose(metrics["loss"], parts[0] + 0.3 * parts[1], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], parts[0] + 0.2 * parts[1], rtol=1e-5)
     np.testing.assert_allclose(parts, 1, rtol=1e-3)  # each divided by its own size, at the first step by itself
     assert float(metrics["loss/perceptual"]) > 0 and bool(metrics["finite"])
     assert set(after.norms["mean_square"]) == {"reconstruction", "perceptual"}
     # A step with the weight at zero goes elsewhere: the term reaches the parameters.
     other = replace(made, full=config(**{"tokenizer.perceptual_weight": 1e-9}))
     other.init = made.init
-    step = jax.jit(state.make_train_step(other, optimizer).__wrapped__, compiler_options=QUICK)
-    moved, _ = step(state.init_state(other, optimizer, batch, key), net, batch, key)
+    moved, _ = make_train_step(other, optimizer)(state.init_state(other, optimizer, batch, key), net, batch, key)
     pairs = zip(jax.tree.leaves(after.model), jax.tree.leaves(moved.model), strict=True)
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
 
@@ -141,15 +143,16 @@ def test_a_run_that_lacks_the_weights_is_refused_before_it_is_made(data, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "size"), [("lpips-hed", 58.8e6), ("efficientnet-lite0", 0.16e6)])
-def test_the_step_lowers_for_eight_devices_without_the_weights(name, size, monkeypatch):
-    """The weights are arguments, held whole by every device, and no file is read."""
+@pytest.mark.parametrize(("name", "weights"), [("lpips-hed", 14_714_688 + 1_472), ("efficientnet-lite0", 54_048)])
+def test_the_step_lowers_for_eight_devices_without_the_weights(name, weights, monkeypatch):
+    """The weights are arguments, held whole by every device, and no file is read. VGG16's convolutions are known to have
+    14,714,688."""
     monkeypatch.undo()
     monkeypatch.setattr(perceptual, "load", None)
     cfg = preset("tiny", **{"tokenizer.perceptual": name})
     mesh = AbstractMesh((1, 2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     program = training_step(cfg, "tokenizer", rows=8, frames=4, mesh=mesh)
-    assert 0.9 * size < program.bytes_by_kind()["frozen models"] < 1.1 * size
+    assert program.bytes_by_kind()["frozen models"] == 4 * weights
     with jax.sharding.use_abstract_mesh(mesh):
         text = program.function.trace(*program.arguments).lower(lowering_platforms=("tpu",)).as_text()
     assert "convolution" in text and len(text) < 3e6  # constants would be megabytes

@@ -6,6 +6,7 @@ would end the episode. The mouse moves the view and, while a GUI is open, the po
 picture itself, 16 pixels large, where recordings have the reader's arrow.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -148,6 +149,8 @@ class HostedGame:
             header = json.loads(back.readline())
             payload = back.read(header.get("bytes", 0))
         except (OSError, ValueError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)  # whoever closes its end is about to leave
             self._process.kill()
             code = self._process.wait()
             raise UserError(f"Minecraft ({self.python}) has ended, code {code}; what it said stands above") from None

@@ -15,19 +15,19 @@ from tests import minerl_stand_in
 from tests.test_readers_vpt import line, write
 
 pytestmark = pytest.mark.slow
-NET = "layers=2 time_every=2 width=32 heads=2 kv_heads=2 head_dim=16 ffn=48 window=8".split()
+NET = "width=32 heads=2 kv_heads=2 head_dim=16 ffn=48".split()
 SMALL = [
     "tokenizer.height=48", "tokenizer.width=64", "tokenizer.latents=48", "tokenizer.mask_max=0.5", "data.chunk=16",
-    *(f"{stack}.{field}" for stack in ("tokenizer.encoder", "tokenizer.decoder", "dynamics.transformer")
-      for field in NET),
+    *(f"tokenizer.{half}.{field}" for half in ("encoder", "decoder") for field in NET),
+    *(f"dynamics.transformer.{field}" for field in (*NET, "layers=2", "time_every=2", "window=8")),
     "dynamics.k_max=4", "agent.context=4", "agent.horizon=2", "agent.sample_steps=1", "agent.hidden=16", "agent.mtp=2",
-    "agent.bins=31",
+    "agent.bins=31", "evaluate.frames=8",
     *(f"train.{phase}.{field}" for phase in ("tokenizer", "dynamics", "agent", "imagination")
       for field in ("steps=3", "batch=4", "length=8", "warmup=1", "log_every=1")),
 ]  # fmt: skip
 
 
-def record(folder, name, seed, frames=64):
+def record(folder, name, seed, frames=48):
     """640 x 360 at 20 frames a second: random keys and mouse, an inventory that opens, and logs that are mined."""
     rng, lines, logs = np.random.default_rng(seed), [], 5
     names = [n for n in KEYS if n not in ("attack", "use", "pickItem", "ESC")]
@@ -52,11 +52,11 @@ def record(folder, name, seed, frames=64):
 
 
 def test_recordings_train_every_phase_and_the_policy_plays(tmp_path, monkeypatch, capsys):
-    for i in range(6):
+    for i in range(4):
         record(tmp_path / "vpt", f"cheeky-cornflower-{i}-20220101-00000{i}", i)
     data, run = str(tmp_path / "data"), str(tmp_path / "run")
     convert = ["data", "convert", str(tmp_path / "vpt"), data, "--size", "48x64", "--fit", "pad", "--chunk", "16"]
-    assert cli.main([*convert, "--holdout", "0.2", "--workers", "1", "--quiet"]) == 0
+    assert cli.main([*convert, "--holdout", "0.25", "--workers", "1", "--quiet"]) == 0
     dataset = open_dataset(data)
     assert dataset.spec.actions == COMPONENTS and [a.size for a in COMPONENTS] == [23, 121]
     seen = dataset.window("train", 0, 16)
