@@ -89,7 +89,7 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path, capsys):
     for arguments, message in (
         (["nowhere"], "unknown environment 'nowhere'"),
         (["nowhere"], "crafter (Crafter)"),
-        (["nowhere"], "preset: quickstart, "),
+        (["nowhere"], "quickstart, tiny, small, base, paper"),
         (["babyai", "--policy", "wizard"], "--policy 'wizard': choose of random, expert, noisy, or"),
         (["frozenlake", "--policy", "expert"], "no scripted expert for FrozenLake"),
         (["BabyAI-KeyInBox-v0", "--policy", "expert"], "cannot solve BabyAI-KeyInBox-v0"),
