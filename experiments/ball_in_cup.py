@@ -39,7 +39,7 @@ QUICK: dict[str, Any] = {
     "train.agent.batch": 12,
     "train.agent.length": 12,
     "evaluate.episodes": 50,
-    "evaluate.envs": 25,
+    "evaluate.envs": 10,  # each has an OpenGL context of its own
 }
 SMOKE: dict[str, Any] = {
     **QUICK,

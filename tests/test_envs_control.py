@@ -68,6 +68,14 @@ def test_episodes_follow_their_seed_and_limits():
     assert env.action_space.contains(env.random_action(np.random.default_rng(0)))
 
 
+def test_closing_one_leaves_the_others_able_to_draw():
+    one, other = make(), make()
+    frame = other.reset(seed=0)[0]["image"]
+    one.close()
+    np.testing.assert_array_equal(other.render(), frame)
+    np.testing.assert_array_equal(make().reset(seed=0)[0]["image"], frame)
+
+
 def test_aimless_play_holds_its_actions():
     env, rng = make(), np.random.default_rng(0)
     env.reset(seed=0)

@@ -47,6 +47,7 @@ def test_continuous_dimensions_go_both_ways():
     c = of(ActionComponent("force", "continuous", 2))
     np.testing.assert_array_equal(held(c, "force 0 −", "force 1 +")["force"], np.array([-1.0, 1.0], np.float32))
     assert held(c)["force"].dtype == np.float32
+    assert [b.keys for b in c.bindings] == [("ArrowLeft",), ("ArrowRight",), ("ArrowDown",), ("ArrowUp",)]  # a joystick
 
 
 @pytest.mark.parametrize("kind", ["categorical", "binary", "continuous"])

@@ -145,6 +145,15 @@ def test_action_token_is_the_sum_of_base_and_present_components(encoder):
     np.testing.assert_allclose(encode(encoder, values, present), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_continuous_value_beyond_the_range_is_its_end(encoder):
+    """As environments clip: the world model must not reward what lies beyond the range, where samples may go."""
+    values, present = all_actions()
+    wide = {**values, "arm": 3.0 * values["arm"]}
+    ends = {**values, "arm": np.clip(wide["arm"], -1, 1)}
+    assert (wide["arm"] != ends["arm"]).any()
+    assert np.array_equal(encode(encoder, wide, present), encode(encoder, ends, present))
+
+
 def test_missing_per_frame_and_per_sample_in_one_batch_leaves_the_base(encoder):
     values, _ = all_actions()
     present = {name: np.ones((3, 4), bool) for name in values}

@@ -18,19 +18,19 @@ middle of the track, and for the cup a search among random movements in a copy o
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
 from dreamer4_jax.envs.kinds import Expert
-from dreamer4_jax.envs.spaces import action_space, from_env, nothing, same, to_env
+from dreamer4_jax.envs.pictures import headless, resized
+from dreamer4_jax.envs.spaces import action_space, from_env, nothing, same, to_env, uniform
 
 EXTRA = 'needs the extra "control": pip install "dreamer4_jax[control]"'
 HOLD = 0.25  # probability that aimless play draws a new action; it holds the last one otherwise
@@ -54,25 +54,6 @@ class Simulator(Protocol):
     def expert(self, rng: np.random.Generator) -> Expert: ...
 
     def close(self) -> None: ...
-
-
-@contextmanager
-def headless() -> Iterator[None]:
-    """pygame without a screen, unless the environment names a driver."""
-    driver = os.environ.get("SDL_VIDEODRIVER")
-    os.environ["SDL_VIDEODRIVER"] = driver or "dummy"
-    try:
-        yield
-    finally:
-        if driver is None:
-            del os.environ["SDL_VIDEODRIVER"]
-
-
-def _resized(frame: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A smaller picture: each pixel is the mean of the area that it covers."""
-    if frame.shape[:2] == (height, width):
-        return frame
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +85,7 @@ class Pendulum:
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
         self.env.last_u = None
-        return _resized(np.asarray(self.env.render()), *self._size)
+        return resized(np.asarray(self.env.render()), *self._size)
 
     def expert(self, rng: np.random.Generator) -> Expert:
         return SwingUp(self)
@@ -180,7 +161,7 @@ class Race:
         if not self.env.seen:  # the episode ended between two pictures
             self.env.seen = True
             self.env.state = self.env._render("state_pixels")
-        return _resized(np.asarray(self.env.state), *self._size)
+        return resized(np.asarray(self.env.state), *self._size)
 
     def expert(self, rng: np.random.Generator) -> Expert:
         return Driver(self)
@@ -322,7 +303,12 @@ class Catcher:
 
 @dataclass(frozen=True)
 class Level:
-    simulator: Callable[[Sequence[ActionComponent], int, int], Simulator]  # of components, height and width
+    """Attributes:
+    simulator: made of the components, and the height and width of pictures.
+    parts: the components of its actions.
+    """
+
+    simulator: Callable[[Sequence[ActionComponent], int, int], Simulator]
     parts: tuple[ActionComponent, ...]
 
 
@@ -397,13 +383,7 @@ class Control(gymnasium.Env):
     def random_action(self, rng: np.random.Generator) -> Any:
         """Uniform, and held for some steps: the mean of independent ones does next to nothing."""
         if self._held is None or rng.random() < HOLD:
-            drawn: dict[str, np.ndarray] = {}
-            for part in self.parts:
-                if part.kind == "binary":
-                    drawn[part.name] = rng.integers(0, 2, part.size, dtype=np.uint8)
-                else:
-                    drawn[part.name] = rng.uniform(-1, 1, part.size).astype(np.float32)
-            self._held = to_env(drawn)
+            self._held = to_env(uniform(self.parts, rng, 1), 0)
         return self._held
 
     def expert(self, rng: np.random.Generator) -> Expert:

@@ -5,8 +5,8 @@ word. The picture shows the state, except that an agent in a hole is hidden: all
 to whoever acts, too: the episode has ended without a reward. `classes` numbers the states by their pictures.
 """
 
-import os
 from collections.abc import Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from jaxtyping import Float, Int, UInt8
 
 from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
+from dreamer4_jax.envs.pictures import headless
 
 ACTIONS = ("left", "down", "right", "up")
 LEVELS = {"FrozenLake-v1": "4x4", "FrozenLake8x8-v1": "8x8"}
@@ -36,20 +37,12 @@ def _lake(level: str, render_mode: str | None = None) -> FrozenLakeEnv:
 @lru_cache
 def pictures(level: str, height: int, width: int) -> UInt8[np.ndarray, "states H W 3"]:
     """The picture of every state."""
-    # Nothing is shown on a screen, and there need not be one.
-    driver = os.environ.get("SDL_VIDEODRIVER")
-    os.environ["SDL_VIDEODRIVER"] = driver or "dummy"
-    lake = _lake(level, "rgb_array")
-    try:
+    with headless(), closing(_lake(level, "rgb_array")) as lake:
         lake.reset(seed=0)
         frames = []
         for state in range(lake.nrow * lake.ncol):
             lake.s = state
             frames.append(np.asarray(lake.render()))
-    finally:
-        lake.close()
-        if driver is None:
-            del os.environ["SDL_VIDEODRIVER"]
     whole = np.stack(frames)
     _, rows, columns, _ = whole.shape
     if rows % height or columns % width:

@@ -62,6 +62,19 @@ def nothing(components: Sequence[ActionComponent], batch: int) -> dict[str, np.n
     return {part.name: action_array(part, batch) for part in components}
 
 
+def uniform(components: Sequence[ActionComponent], rng: np.random.Generator, batch: int) -> dict[str, np.ndarray]:
+    """`batch` random actions: uniform classes and values in [-1, 1], keys pressed with probability one half."""
+    out = {}
+    for part in components:
+        if part.kind in ("categorical", "mouse"):
+            out[part.name] = rng.integers(0, part.size, batch, dtype=np.int32)
+        elif part.kind == "binary":
+            out[part.name] = rng.integers(0, 2, (batch, part.size), dtype=np.uint8)
+        else:
+            out[part.name] = rng.uniform(-1, 1, (batch, part.size)).astype(np.float32)
+    return out
+
+
 def describe(components: Sequence[ActionComponent]) -> str:
     """The components in words, for errors."""
     number = {1: "one", 2: "two", 3: "three"}.get(len(components), str(len(components)))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from dreamer4_jax.config import ActionComponent, UserError
-from dreamer4_jax.envs.spaces import from_env, nothing, to_env
+from dreamer4_jax.envs.spaces import from_env, nothing, to_env, uniform
 from dreamer4_jax.evaluation.metrics import Interval, bootstrap_ci, bootstrap_difference_ci
 
 
@@ -253,15 +253,7 @@ class RandomPolicy:
         """Remembers nothing."""
 
     def act(self, images: np.ndarray, tasks: np.ndarray) -> dict[str, np.ndarray]:
-        e, out = len(images), {}
-        for part in self._actions:
-            if part.kind in ("categorical", "mouse"):
-                out[part.name] = self._rng.integers(0, part.size, e, dtype=np.int32)
-            elif part.kind == "binary":
-                out[part.name] = self._rng.integers(0, 2, (e, part.size), dtype=np.uint8)
-            else:
-                out[part.name] = self._rng.uniform(-1, 1, (e, part.size)).astype(np.float32)
-        return out
+        return uniform(self._actions, self._rng, len(images))
 
 
 class ScriptedPolicy:

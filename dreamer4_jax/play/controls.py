@@ -119,6 +119,9 @@ def controls(config: Config) -> Controls:
         bindings = tuple(Binding(label, keys, name, i, symbol=s) for i, (label, keys, s) in enumerate(BABYAI))
         return Controls(config.actions, bindings, {name: len(BABYAI) - 1})
     spare, arrows_free = list(SPARE), True
+    # Without a mouse the arrows are a joystick: two directions of each of two continuous dimensions.
+    mouse = any(part.kind == "mouse" for part in config.actions)
+    stick = [] if mouse else ["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp"]
     bindings_list: list[Binding] = []
 
     def key() -> tuple[str, ...]:
@@ -127,17 +130,17 @@ def controls(config: Config) -> Controls:
     idle: dict[str, int] = {}
     for part in config.actions:
         if part.kind == "mouse":
-            keys = arrows_free
-            arrows_free = False
+            free, arrows_free = arrows_free, False
             for label, code, dx, dy in ARROWS:
                 bindings_list.append(
-                    Binding(f"look {label}", (code,) if keys else key(), part.name, int(dx == 0), 4.0 * (dx + dy))
+                    Binding(f"look {label}", (code,) if free else key(), part.name, int(dx == 0), 4.0 * (dx + dy))
                 )
         elif part.kind == "continuous":
             for i in range(part.size):
                 for value in (-1.0, 1.0):
+                    keys = (stick.pop(0),) if stick else key()
                     bindings_list.append(
-                        Binding(f"{part.name} {i} {'+' if value > 0 else '−'}", key(), part.name, i, value)
+                        Binding(f"{part.name} {i} {'+' if value > 0 else '−'}", keys, part.name, i, value)
                     )
         else:
             idle |= {part.name: 0} if part.kind == "categorical" else {}
