@@ -28,17 +28,18 @@ RESULT = Path(__file__).parent / "results" / "crafter_planner.json"
 
 
 def play(job: tuple[str, int, int]) -> dict[str, Any]:
-    """One episode: its seed, steps, return, the frame of each achievement, and what it died of having been at."""
+    """One episode: its seed, steps, return, how it ended and at what, and the step of each achievement."""
     level, seed, max_steps = job
     cfg = EnvConfig("crafter", (level,), max_steps=max_steps)
     env = kinds.make(cfg, level, height=64, width=64, words=1)
     env.reset(seed=seed)
     planner = env.get_wrapper_attr("expert")(np.random.default_rng(seed))
     events: dict[str, int] = {}
-    steps, total, terminated, truncated, info = 0, 0.0, False, False, {}
+    info: dict[str, Any] = {}
+    steps, total, terminated, truncated = 0, 0.0, False, False
     while not (terminated or truncated):
         _, reward, terminated, truncated, info = env.step(planner.act(None))
-        steps, total = steps + 1, total + reward
+        steps, total = steps + 1, total + float(reward)
         events |= {name: steps for name in info["events"]}
     end = "diamond" if info["success"] else "death" if terminated else "limit"
     return {"seed": seed, "steps": steps, "return": round(total, 3), "end": end, "last": planner.subgoal,
