@@ -160,7 +160,7 @@ def test_a_failing_bot_is_counted_and_named(monkeypatch):
             return 6
 
     monkeypatch.setattr(babyai, "BabyAIBot", Broken)
-    c, tally = config(**{"data.bot": 1.0, "data.noisy_bot": 0.0, "env.max_steps": 2}), collect._Tally()
+    c, tally = config(**{"data.bot": 1.0, "data.noisy_bot": 0.0, "env.max_steps": 2}), collect.Tally()
     stream = collect.episodes(c, 0, 0, tally)
     for _ in range(5):
         next(stream)

@@ -89,7 +89,7 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path, capsys):
     for arguments, message in (
         (["nowhere"], "unknown environment 'nowhere'"),
         (["nowhere"], "crafter (Crafter)"),
-        (["nowhere"], "preset: quickstart, "),
+        (["nowhere"], "quickstart, tiny, small, base, paper"),
         (["babyai", "--policy", "wizard"], "--policy 'wizard': choose of random, expert, noisy, or"),
         (["frozenlake", "--policy", "expert"], "no scripted expert for FrozenLake"),
         (["BabyAI-KeyInBox-v0", "--policy", "expert"], "cannot solve BabyAI-KeyInBox-v0"),
@@ -97,7 +97,7 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path, capsys):
         (["babyai", "--workers", "0"], "--workers 0: must be at least 1"),
         (["babyai", "--size", "64"], "--size '64': expected HEIGHTxWIDTH"),
         (["babyai", "--size", "32x32"], "renders 64 x 64"),
-        (["tiny", "--size", "32x32"], "--size 32x32: tiny has its own"),
+        (["tiny", "--size", "32x32"], "--size 32x32: tiny has a size of its own"),
         (["babyai", "env.max_step=3"], "max_step"),
     ):
         assert main(["collect", *arguments, *out]) == 2

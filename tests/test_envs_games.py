@@ -51,7 +51,8 @@ def played(env, seed, steps):
 def test_it_passes_gymnasiums_check(kind):
     env = game(kind)
     check_env(env, skip_render_check=True)
-    np.testing.assert_array_equal(env.render(), env.reset(seed=1)[0]["image"])
+    image = env.reset(seed=1)[0]["image"]
+    np.testing.assert_array_equal(env.render(), image)
     env.close()
 
 
@@ -137,6 +138,27 @@ def test_crafter_shows_the_last_move():
             # Daylight changes all colours a little.
             errors[move] = np.abs(cell[solid] - look[solid][:, :3].astype(float)).mean()
         assert min(errors, key=errors.get) == episode.actions["move"][t]
+
+
+def test_which_creature_goes_depends_on_no_address():
+    """Crafter keeps the creatures of a part of the world as a set and draws one by its number."""
+    env = game("crafter")
+    from crafter.objects import Cow
+
+    left = []
+    for order in (list, lambda creatures: list(creatures)[::-1]):
+        env.reset(seed=0)
+        world, part = env.game._world, (0, 12, 0, 12)
+        for creature in list(world._chunks[part]):
+            world.remove(creature)
+        for x, y in np.argwhere(np.isin(world._mat_map[:12, :12], [world._mat_ids["grass"]]))[:20]:
+            world.add(Cow(world, (x, y)))
+        world.random.seed(0)
+        before = len(world._chunks[part])
+        for _ in range(60):
+            env.game._balance_chunk(part, order(world._chunks[part]))
+        left.append(sorted(tuple(map(int, cow.pos)) for cow in world._chunks[part]))
+    assert left[0] == left[1] and 0 < len(left[0]) < before
 
 
 def test_the_planner_reaches_the_diamond_task_by_task():

@@ -188,7 +188,7 @@ class _Job:
         return self.chunks * self.config.data.chunk
 
 
-class _Tally:
+class Tally:
     """Counts of complete episodes by level and policy, and of episodes dropped because the expert failed."""
 
     def __init__(self) -> None:
@@ -208,10 +208,10 @@ class _Tally:
         row["return"] += float(episode.reward.sum())
 
 
-def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None) -> Iterator[Episode]:
+def episodes(config: Config, seed: int, shard: int, tally: Tally | None = None) -> Iterator[Episode]:
     """The endless stream of episodes of one shard, a function of (seed, shard) and the config."""
     t = config.tokenizer
-    tally = tally or _Tally()
+    tally = tally or Tally()
     envs: dict[str, gymnasium.Env] = {}
     rng = np.random.default_rng([seed, shard])
     kept = 0
@@ -243,7 +243,7 @@ def episodes(config: Config, seed: int, shard: int, tally: _Tally | None = None)
 
 def _make_shard(job: _Job) -> dict[str, Any]:
     """Worker: writes one shard."""
-    tally = _Tally()
+    tally = Tally()
     stream = chunks(
         (e.validate(job.config.actions) for e in episodes(job.config, job.seed, job.shard, tally)),
         job.config.data.chunk,

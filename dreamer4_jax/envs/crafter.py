@@ -32,10 +32,6 @@ RANDOM = (0.02, *(0.15,) * 4, 0.25, 0.01, *(0.012,) * 10)
 LEAST = 54  # pixels of a side: 9 x 9 cells of 6 pixels; digits cannot be read below
 
 
-def levels() -> tuple[str, ...]:
-    return LEVELS
-
-
 def actions(env_cfg: EnvConfig) -> tuple[ActionComponent, ...]:
     """Crafter's 17 actions."""
     return (ActionComponent("move", "categorical", len(ACTIONS)),)

@@ -278,7 +278,7 @@ class Planner:
             return action
         return None
 
-    def _creatures(self, kind: type) -> Bool[np.ndarray, "X Y"]:
+    def _creatures(self, kind: Any) -> Bool[np.ndarray, "X Y"]:
         out = np.zeros(self._area, bool)
         for creature in self._others:
             if isinstance(creature, kind):

@@ -21,7 +21,7 @@ from dreamer4_jax.data.jobs import make_shards
 from dreamer4_jax.data.schema import Episode, chunks
 from dreamer4_jax.data.store import SPLITS, DatasetSpec
 from dreamer4_jax.envs import kinds, spaces
-from dreamer4_jax.envs.collect import FIRST_SEED, Scripted, _Tally, check_config, record, summarize
+from dreamer4_jax.envs.collect import FIRST_SEED, Scripted, Tally, check_config, record, summarize
 from dreamer4_jax.envs.kinds import ExpertFailure
 
 SCRIPTS = {"random": "aimless", "expert": "bot", "noisy": "noisy_bot"}
@@ -77,12 +77,6 @@ def check_policy(config: Config, policy: str) -> None:
     if policy in SCRIPTS:
         if not kind.expert:
             raise UserError(f"--policy {policy}: there is no scripted expert for {kind.name}; take random, or a run")
-        t = config.tokenizer
-        for level in config.env.levels:
-            env = kinds.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words)
-            env.reset(seed=0)
-            env.get_wrapper_attr("expert")(np.random.default_rng(0))  # raises where there is none for the level
-            env.close()
         return
     if not is_run(policy):
         raise UserError(f"--policy {policy!r}: choose of {', '.join(SCRIPTS)}, or give the directory of a run")
@@ -101,6 +95,16 @@ def check_policy(config: Config, policy: str) -> None:
             f"--policy {policy}: it sees {have[0]} x {have[1]} pixels and {have[2]} task words, the recording has "
             f"{want[0]} x {want[1]} and {want[2]}"
         )
+
+
+def check_experts(config: Config) -> None:
+    """Raises `UserError` for a level without a scripted expert, in an environment that has them for others."""
+    t = config.tokenizer
+    for level in config.env.levels:
+        env = kinds.make(config.env, level, height=t.height, width=t.width, words=config.agent.task_words)
+        env.reset(seed=0)
+        env.get_wrapper_attr("expert")(np.random.default_rng(0))
+        env.close()
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class _Player:
 
             self._trained = load_policy(job.policy, seed=_draw(job.seed, job.first, "policy"))
 
-    def play(self, index: int, tally: _Tally, limit: int | None = None) -> Episode:
+    def play(self, index: int, tally: Tally, limit: int | None = None) -> Episode:
         """Episode `index`, in the alignment of `data.schema`. Where the expert fails, another takes its place."""
         job, c = self._job, self._job.config
         level = c.env.levels[index % len(c.env.levels)]
@@ -176,7 +180,7 @@ def _draw(*what: int | str) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0] >> 2)
 
 
-def _stream(job: Job, player: _Player, tally: _Tally) -> Iterator[Episode]:
+def _stream(job: Job, player: _Player, tally: Tally) -> Iterator[Episode]:
     """The episodes of a shard, and the filler behind them."""
     frames, chunk = 0, job.config.data.chunk
     for index in range(job.first, job.first + job.count):
@@ -194,7 +198,7 @@ def _stream(job: Job, player: _Player, tally: _Tally) -> Iterator[Episode]:
 
 def make_shard(job: Job) -> dict[str, Any]:
     """Worker: writes one shard."""
-    tally, player = _Tally(), _Player(job)
+    tally, player = Tally(), _Player(job)
     extra: dict[str, Any] = {"counts": tally.counts, "dropped": tally.dropped}
     try:
         stream = chunks(_stream(job, player, tally), job.config.data.chunk)
@@ -229,6 +233,8 @@ def collect_episodes(
     check_policy(config, policy)
     config = override(config, shares)
     check_config(config)
+    if policy in ("expert", "noisy"):
+        check_experts(config)
     d, directory = config.data, Path(out_dir)
     each = max(1, min(SHARD_FRAMES // config.env.max_steps, -(-episodes // LEAST_SHARDS)))
     starts = range(0, episodes, each)

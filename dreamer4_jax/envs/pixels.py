@@ -20,6 +20,8 @@ class PixelEnv(gymnasium.Env, abc.ABC):
     the next one from the last that was given.
     """
 
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
     shared: Sequence[str] = ()  # parts that copies may share (`evaluation.simulator.clone`)
 
     def __init__(
