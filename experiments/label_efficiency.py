@@ -69,8 +69,9 @@ FIELDS: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(
         looks=("bare", "blocks"), episodes=16, clips=3, shares=(0.0, 0.04, 1.0),
-        fields={**FIELDS, "evaluate.frames": 4, "train.tokenizer.steps": 3, "train.dynamics.steps": 3,
-                "train.dynamics.warmup": 1, "train.dynamics.batch": 4},
+        fields={**FIELDS, "evaluate.context": 4, "evaluate.frames": 2, "dynamics.transformer.layers": 2,
+                "dynamics.k_max": 4, "train.tokenizer.steps": 3, "train.dynamics.steps": 3,
+                "train.dynamics.warmup": 1, "train.dynamics.batch": 4, "train.dynamics.length": 4},
     ),
     "laptop": dict(
         looks=("bare", "blocks"), episodes=160, clips=32, shares=(0.0, 0.004, 0.04, 0.4, 1.0), fields=FIELDS,
@@ -139,8 +140,9 @@ def clips(run: Run, level: str, seed: int = 0) -> HeldOut:
 
 
 def variants(call: Call, looks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Model -> the fields that it differs in."""
-    out = {f"{100 * share:g} %": {"data.labelled": share} for share in SIZES[call.size]["shares"]}
+    """Model -> the fields that it differs in. None and all of the labels come first: one soon sees their worth."""
+    shares = sorted(SIZES[call.size]["shares"], key=lambda share: share not in (0.0, 1.0))
+    out = {f"{100 * share:g} %": {"data.labelled": share} for share in shares}
     return {**out, ONLY: {"data.labelled_levels": [looks[0]]}}
 
 

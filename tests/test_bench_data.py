@@ -44,7 +44,8 @@ def test_each_source_is_read_with_each_number_of_readers(brief, tmp_path, capsys
     for row in rows:
         assert row["delivered_frames_per_s"] > 0 and row["taken_frames_per_s"] == 100
         np.testing.assert_allclose(row["ratio"], row["delivered_frames_per_s"] / 100, atol=0.01)
-    assert "delivered, frames/s" in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert "micro on 1 x cpu" in shown and shown.count("disk") == shown.count("memory") == 4
 
 
 @pytest.mark.slow
