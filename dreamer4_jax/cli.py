@@ -137,7 +137,10 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
             streams=args.streams,
             minutes=args.minutes,
         )
-        Console().print(table(results))
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200  # a file or a pipe has no edge
+        console.print(table(results))
         return
     names = args.policy or list(run.policies())
     unknown = [name for name in names if name not in run.policies()]

@@ -2,7 +2,7 @@
 
     python -m experiments.perceptual                                  # about 15 minutes on 2 cores
     python -m experiments.perceptual --data data/coinrun data/crafter # about 15 minutes for each dataset
-    python -m experiments.perceptual --size smoke                     # about a minute
+    python -m experiments.perceptual --size smoke                     # two minutes
     python -m experiments.perceptual --size tpu --data data/coinrun   # 25 times the steps, all frames compared
 
 The paper trains on squared error + 0.2 LPIPS, both normalised (Eq 5), and does not report the loss without the second
@@ -172,17 +172,20 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]]):
-    """For each dataset PSNR against both distances: to the right and down is better."""
+    """For each dataset what each loss changes in PSNR and in both distances: to the right and down is better."""
     names = list(dict.fromkeys(r["dataset"] for r in rows))
     shown = [name for name in perceptual.PERCEPTUAL_NETWORKS if name in rows[0]]
     pairs = [(dataset, name) for dataset in names for name in shown]
     figure, axes = plots.panels([f"{dataset}: {name}" for dataset, name in pairs], 3.6, 3.2)
     for panel, (dataset, name) in zip(axes, pairs, strict=True):
-        for at, loss in enumerate(dict.fromkeys(r["loss"] for r in rows)):
-            mine = [r for r in rows if (r["dataset"], r["loss"]) == (dataset, loss)]
-            label = "squared error alone" if loss == "none" else f"+ 0.2 {loss}"
-            for i, r in enumerate(mine):
-                x, y = r["psnr"], r[name]
+        panel.plot(0, 0, "+", color="0.4", markersize=9, label="squared error alone")
+        for at, loss in enumerate(dict.fromkeys(r["loss"] for r in rows if r["loss"] != "none")):
+            for i, seed in enumerate(dict.fromkeys(r["seed"] for r in rows)):
+                mine = [r for r in rows if r["seed"] == seed]
+                x, y = (
+                    bootstrap_difference_ci(pick(mine, dataset, loss, of), pick(mine, dataset, "none", of))
+                    for of in ("psnr", name)
+                )
                 panel.errorbar(
                     x.mean,
                     y.mean,
@@ -191,10 +194,10 @@ def draw(rows: list[dict[str, Any]]):
                     fmt="o",
                     markersize=4,
                     color=plots.PALETTE[at],
-                    label=label if i == 0 else None,
+                    label=f"+ 0.2 {loss}" if i == 0 else None,
                 )
-        panel.set_xlabel("PSNR (dB), held out; a point a seed, 95 % of clips")
-        panel.set_ylabel("distance")
+        panel.set_xlabel("change of PSNR, dB")
+        panel.set_ylabel("change of the distance")
         panel.grid(alpha=0.14)
     axes[0].legend(fontsize=7)
     return figure

@@ -104,7 +104,9 @@ def test_on_it_is_normalised_weighted_and_frozen(data):
     net = small_net()
     made = phase(data, config(), distance=net)
     optimizer, batch, key = make_optimizer(made.config), next(made.batches(0)), jax.random.key(1)
-    after, metrics = make_train_step(made, optimizer)(state.init_state(made, optimizer, batch, key), made.frozen, batch, key)
+    after, metrics = make_train_step(made, optimizer)(
+        state.init_state(made, optimizer, batch, key), made.frozen, batch, key
+    )
     parts = float(metrics["scaled/reconstruction"]), float(metrics["scaled/perceptual"])
     np.testing.assert_allclose(metrics["loss"], parts[0] + 0.2 * parts[1], rtol=1e-5)
     np.testing.assert_allclose(parts, 1, rtol=1e-3)  # each divided by its own size, at the first step by itself
@@ -145,8 +147,8 @@ def test_a_run_that_lacks_the_weights_is_refused_before_it_is_made(data, tmp_pat
 
 @pytest.mark.parametrize(("name", "weights"), [("lpips-hed", 14_714_688 + 1_472), ("efficientnet-lite0", 54_048)])
 def test_the_step_lowers_for_eight_devices_without_the_weights(name, weights, monkeypatch):
-    """The weights are arguments, held whole by every device, and no file is read. VGG16's convolutions are known to have
-    14,714,688."""
+    """The weights are arguments, held whole by every device, and no file is read. VGG16's convolutions are known for
+    14,714,688 weights."""
     monkeypatch.undo()
     monkeypatch.setattr(perceptual, "load", None)
     cfg = preset("tiny", **{"tokenizer.perceptual": name})

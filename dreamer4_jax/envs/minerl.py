@@ -34,7 +34,7 @@ SETTINGS = {
     "resolution": [640, 360],
     "cursor_size_range": [16, 16],
 }
-# The prompts of the paper's evaluation (its Table 6): a task, and how often until the next; of crafting, how many items.
+# The prompts of the paper's evaluation (its Table 6): a task, and how often until the next (when crafting, items).
 PROMPTS: tuple[tuple[str, int | None], ...] = (
     ("mine_log", 10), ("craft_planks", 20), ("craft_crafting_table", 1), ("place_crafting_table", 1),
     ("craft_stick", 4), ("craft_wooden_pickaxe", 1), ("use_wooden_pickaxe", 1), ("mine_cobblestone", 3),
