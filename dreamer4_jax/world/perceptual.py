@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dreamer4_jax.config import PERCEPTUAL_FILES, PERCEPTUAL_NETWORKS, UserError
+from dreamer4_jax.config import UserError
 from dreamer4_jax.parallel.sharding import constrain
+from dreamer4_jax.validation import PERCEPTUAL_FILES, PERCEPTUAL_NETWORKS
 from dreamer4_jax.world import efficientnet
 
 HED, EFFICIENTNET = PERCEPTUAL_NETWORKS
