@@ -57,7 +57,8 @@ def make_shards(
         def advance(job: J) -> None:
             nonlocal done
             done += job.frames
-            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - begun):,.3g} {unit}/s")
+            rate = done / (time.monotonic() - begun)
+            bar.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s")
 
         todo = []
         for number, job in enumerate(jobs):  # a dataset that is complete starts no process
