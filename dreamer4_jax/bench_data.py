@@ -33,7 +33,7 @@ from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationP
 from dreamer4_jax.training.state import init_state, make_train_step
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
-CHUNKS = 48  # of the made-up dataset, in three shards
+CHUNKS, BYTES = 48, 400_000_000  # of the made-up dataset at most, in three shards of one episode at least
 TILE, CHANGED = 8, 0.05  # its tiles: pixels of a side, and the share that changes from frame to frame
 STEPS = 5  # timed steps of a phase
 
@@ -59,7 +59,8 @@ def made_up(config: Config, directory: Path) -> None:
         task = np.zeros(spec.words, np.int32)
         return Episode(frames[:, : spec.size[0], : spec.size[1]], actions, present, reward, True, task)
 
-    streams = [[episode() for _ in range(CHUNKS // 6)] for _ in range(3)]
+    count = max(1, min(CHUNKS // 6, BYTES // (6 * spec.chunk * spec.frame_bytes())))
+    streams = [[episode() for _ in range(count)] for _ in range(3)]
     write_dataset(directory, spec, {"train": [*streams[:2]], "holdout": [streams[2]]})
 
 
