@@ -2,8 +2,8 @@
 
 The second term of the tokenizer's loss (paper Eq 5), and a measure beside PSNR and SSIM. As LPIPS (Zhang et al. 2018)
 has it: features of several layers, each scaled to unit length over its channels; squared differences, weighted by
-channel and averaged over the image; summed over the layers. `NAMES` says whose features; only weights that the user
-brings can make it LPIPS itself, so nothing here is called that. How to get weights: docs/perceptual.md.
+channel and averaged over the image; summed over the layers. `tokenizer.perceptual` says whose features; only weights
+that the user brings can make it LPIPS itself, so nothing here is called that. How to get weights: docs/perceptual.md.
 """
 
 import importlib
@@ -98,7 +98,7 @@ def _name(block: int, index: int) -> str:
 
 
 def _pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h/2 w/2 c"]:
-    """The largest of each 2 x 2, an odd row or column left out. XLA's own window is slow backwards on a CPU."""
+    """The largest of each 2 x 2, an odd row or column left out. By shape, so that the gradient needs no scatter."""
     n, h, w, c = x.shape
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
