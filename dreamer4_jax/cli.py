@@ -115,7 +115,7 @@ def _cmd_collect(args: argparse.Namespace) -> int:
 
 def _cmd_train(args: argparse.Namespace) -> None:
     """one phase; the phases before it must be finished in the same run directory"""
-    from dreamer4_jax.runner import require_models
+    from dreamer4_jax.stages import require_models
 
     config = resolve(args.experiment, args.size, args.seed, args.overrides)
     require_models(_directory(config, args), args.phase)  # before the run directory is made

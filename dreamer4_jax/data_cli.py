@@ -135,7 +135,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _tokenize(args: argparse.Namespace) -> None:
     from dreamer4_jax.inference import load_tokenizer
     from dreamer4_jax.parallel.processes import choose_platform
-    from dreamer4_jax.runner import encode_dataset
+    from dreamer4_jax.stages import encode_dataset
 
     choose_platform()
 

@@ -71,7 +71,7 @@ def across(results: Sequence[EvalResult]) -> Interval:
     return student_ci([r.success.mean() for r in results])
 
 
-def student_ci(x: Sequence[float]) -> Interval:
+def student_ci(x: Sequence[float] | np.ndarray) -> Interval:
     """The mean of two or more numbers with Student's 95 % interval."""
     half = student.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / np.sqrt(len(x))
     return Interval(float(np.mean(x)), float(np.mean(x) - half), float(np.mean(x) + half))
@@ -152,7 +152,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def describe(rows: Sequence[Mapping[str, Any]]) -> str:
     text = lambda r: "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * np.asarray(r["success"])))
     named = [r for r in rows if r["group"] == "objective"]
-    ours = next((r["rates"] for r in named if r["objective"] == "PMPO"), [])
+    ours: list[float] = next((r["rates"] for r in named if r["objective"] == "PMPO"), [])
     less = []
     for r in named if len(ours) > 1 else []:
         if r["objective"] != "PMPO":

@@ -105,22 +105,24 @@ def graph(axes: Axes, room: Room, mdp: Mdp) -> None:
     value, _ = value_iteration(mdp, GAMMA)
     look = np.asarray([(0.26, 0), (0, 0.26), (-0.26, 0), (0, -0.26)])
     at = room.place[:, :2] + look[room.place[:, 2]]
-    real, found = edges(room.true, 0).any(1), edges(mdp, EDGE).any(1)
+    real, found = (np.asarray(edges(m, EDGE).any(1)) for m in (room.true, mdp))
     for s in np.flatnonzero(~room.true.terminal):
-        for t in np.flatnonzero(real[s] | found[s, :-1][: room.states]):
+        for t in np.flatnonzero(real[s] | found[s, : room.states]):
             if s != t:
                 is_real, is_found = real[s, t], found[s, t]
                 colour = "#9aa4ae" if is_real else plots.PALETTE[1]
-                style = dict(arrowstyle="-|>", color=colour, lw=0.9 if is_real else 1.6, shrinkA=3, shrinkB=3)
-                style |= dict(mutation_scale=6, linestyle="-" if is_found else ":")
+                style: dict[str, Any] = dict(arrowstyle="-|>", color=colour, lw=0.9 if is_real else 1.6)
+                style |= dict(shrinkA=3, shrinkB=3, mutation_scale=6, linestyle="-" if is_found else ":")
                 axes.annotate("", at[t], at[s], arrowprops=style)
-    lost = found[: room.states, -1]
-    ended = room.true.terminal
-    shown = axes.scatter(*at[~ended].T, c=value[: room.states][~ended], s=26, cmap="viridis", zorder=3, vmin=0, vmax=1)
-    axes.scatter(*at[ended].T, marker="*", s=60, color=plots.PALETTE[3], zorder=3)
-    axes.scatter(*at[lost & ~ended].T, marker="x", s=30, color=plots.PALETTE[1], zorder=4)
+    lost, ended = found[: room.states, -1], room.true.terminal
+    x, y = at.T
+    shown = axes.scatter(x[~ended], y[~ended], c=value[: room.states][~ended], s=26, vmin=0, vmax=1, zorder=3)
+    axes.scatter(x[ended], y[ended], marker="*", s=60, color=plots.PALETTE[3], zorder=3)
+    axes.scatter(x[lost & ~ended], y[lost & ~ended], marker="x", s=30, color=plots.PALETTE[1], zorder=4)
     axes.figure.colorbar(shown, ax=axes, shrink=0.7, label="value")
-    axes.set_aspect("equal"), axes.invert_yaxis(), axes.axis("off")
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.axis("off")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], room: Room, learned: Mdp) -> Figure:

@@ -13,7 +13,8 @@ from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.source import adopt, missing_labels
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.evaluation.rollouts import HeldOut
-from dreamer4_jax.runner import Run, checksum
+from dreamer4_jax.runner import Run
+from dreamer4_jax.training.checkpoint import checksum
 from tests.sources import play, write_labelled_videos, write_video
 from tests.test_runner import micro, quick  # noqa: F401  # quick: steps compiled without optimisation
 from tests.toy_env import write_toy_dataset

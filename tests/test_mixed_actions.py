@@ -17,7 +17,8 @@ from dreamer4_jax.envs import control
 from dreamer4_jax.envs.world_model import WorldModelEnv
 from dreamer4_jax.evaluation import rollouts
 from dreamer4_jax.inference import load_policy
-from dreamer4_jax.runner import PHASES, Run
+from dreamer4_jax.runner import Run
+from dreamer4_jax.stages import PHASES
 from dreamer4_jax.training import loop, state
 
 PARTS = (

@@ -13,8 +13,10 @@ from dreamer4_jax.agent import model as agent_model
 from dreamer4_jax.config import Config, UserError, preset
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.evaluation import rollouts
-from dreamer4_jax.runner import NEEDS, PHASES, Run, checksum
+from dreamer4_jax.runner import Run
+from dreamer4_jax.stages import NEEDS, PHASES
 from dreamer4_jax.training import CheckpointError, loop, read_metrics, state
+from dreamer4_jax.training.checkpoint import checksum
 from tests.toy_env import toy_config, write_toy_dataset
 
 POLICIES = (

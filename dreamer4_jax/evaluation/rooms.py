@@ -10,8 +10,9 @@ from typing import Any
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dreamer4_jax.envs.symbols import SymbolDecoder
 from dreamer4_jax.evaluation.graph import Mdp
@@ -81,7 +82,7 @@ def explore(env: gymnasium.Env, level: str, seed: int, decoder: SymbolDecoder) -
                 frames.append(observation["image"])
                 if not ended:
                     waiting.append((at, there))
-            edges.append((state, move, at, float(ended and reward > 0), float(not ended)))
+            edges.append((state, move, at, float(ended and float(reward) > 0), float(not ended)))
     shape = (len(frames), len(MOVES), len(frames))
     p, cont, reward_of = np.zeros(shape), np.zeros(shape), np.zeros(shape[:2])
     for state, move, at, gain, goes_on in edges:
@@ -107,7 +108,7 @@ def ask(oracle: TransitionOracle, room: Room, decoder: SymbolDecoder, *, samples
     (component,) = oracle.dynamics.cfg.actions
     pieces = [room.frames[i : i + STREAMS] for i in range(0, room.states, STREAMS)]
     filled = [np.resize(x, (STREAMS, *x.shape[1:])) for x in pieces]  # one program serves all
-    latents = np.concatenate([np.asarray(_encode(oracle, x)) for x in filled])
+    latents = np.concatenate([np.asarray(_encode(oracle, jnp.asarray(x))) for x in filled])
     inner = np.flatnonzero(~room.true.terminal)
     state, move = (x.reshape(-1) for x in np.meshgrid(np.repeat(inner, samples), np.arange(len(MOVES)), indexing="ij"))
     known = {picture.tobytes(): i for i, picture in enumerate(room.symbols)}
@@ -128,6 +129,6 @@ def ask(oracle: TransitionOracle, room: Room, decoder: SymbolDecoder, *, samples
 
 
 @jax.jit
-def _encode(oracle: TransitionOracle, frames: UInt8[np.ndarray, "S H W 3"]) -> Float[np.ndarray, "S 1 N C"]:
+def _encode(oracle: TransitionOracle, frames: UInt8[Array, "S H W 3"]) -> Float[Array, "S 1 N C"]:
     assert oracle.tokenizer is not None
     return oracle.tokenizer.encode(frames[:, None])
