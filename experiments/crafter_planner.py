@@ -29,7 +29,7 @@ RESULT = Path(__file__).parent / "results" / "crafter_planner.json"
 
 
 def play(job: tuple[str, int, int]) -> dict[str, Any]:
-    """One episode: its seed, the diamonds of its world, steps, return, how it ended and at what, and the step of each achievement."""
+    """One episode: seed, diamonds of the world, steps, return, how it ended and at what, step of each achievement."""
     level, seed, max_steps = job
     cfg = EnvConfig("crafter", (level,), max_steps=max_steps)
     env = kinds.make(cfg, level, height=64, width=64, words=1)
@@ -44,8 +44,8 @@ def play(job: tuple[str, int, int]) -> dict[str, Any]:
         steps, total = steps + 1, total + float(reward)
         events |= {name: steps for name in info["events"]}
     end = "diamond" if info["success"] else "death" if terminated else "limit"
-    return {"seed": seed, "diamonds": diamonds, "steps": steps, "return": round(total, 3), "end": end, "last": planner.subgoal,
-            "events": events}  # fmt: skip
+    return {"seed": seed, "diamonds": diamonds, "steps": steps, "return": round(total, 3), "end": end,
+            "last": planner.subgoal, "events": events}  # fmt: skip
 
 
 def interval(count: int, n: int) -> tuple[float, float]:
