@@ -210,15 +210,20 @@ class BallInCup:
         # Read when dm_control is imported first. Without a screen its own choice, GLFW, cannot draw.
         if not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
+        self._size = height, width
         try:
-            from dm_control import suite
+            import mujoco
         except ImportError as error:
             raise UserError(f"DeepMind Control {EXTRA} ({error})") from error
         try:
+            from dm_control import suite
+
             self.env = suite.load("ball_in_cup", "catch", task_kwargs={"random": 0})
-            self._size = height, width
             self.picture()
-        except (RuntimeError, ImportError, AttributeError) as error:  # of OpenGL, or of MuJoCo 4
+        except ModuleNotFoundError as error:
+            raise UserError(f"DeepMind Control {EXTRA} ({error})") from error
+        # Of OpenGL's libraries, or of MuJoCo 4.
+        except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
             raise UserError(
                 f"ball_in_cup: MuJoCo cannot draw ({error}). It needs mujoco<4 and, without a screen, EGL or OSMesa "
                 "(Debian and Ubuntu: apt install libegl1, or apt install libosmesa6 and MUJOCO_GL=osmesa)"
