@@ -1,6 +1,6 @@
 """How much of the video needs actions before a world model can be steered (paper 4.3 and Fig 7)?
 
-    python -m experiments.label_efficiency                       # MINUTES minutes on one core, for three seeds
+    python -m experiments.label_efficiency                       # about 40 minutes on one core: three seeds
     python -m experiments.label_efficiency --size smoke          # some minutes; the first time procgen is installed
     python -m experiments.label_efficiency --data data/coinrun   # on a dataset that is there
 
