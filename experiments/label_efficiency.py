@@ -266,7 +266,7 @@ def finding(found: dict[str, Any], rows: Sequence[dict[str, Any]], looks: Sequen
     )
     first = next(r for r in rows if r.get("labelled_frames"))
     parts = [
-        f"With all actions known, {K}-step clips of 16 frames gain {text(found['gain']['psnr'], 2, ' dB')} of PSNR and "
+        f"With all actions known, clips imagined at K = {K} gain {text(found['gain']['psnr'], 2, ' dB')} of PSNR and "
         f"{text(found['gain']['ssim'], 4)} of SSIM over the model without any; at shuffled actions "
         f"{text(found['shuffled']['psnr'])} % of the PSNR gained is left."
     ]
