@@ -192,7 +192,8 @@ def _cmd_bench(args: argparse.Namespace) -> None:
     if args.part == "data":
         from dreamer4_jax import bench_data
 
-        config = resolve(args.experiment, "quick", 0, args.overrides)
+        source = [f"data.source={args.data}"] if args.data else []  # it decides the actions
+        config = resolve(args.experiment, "quick", 0, [*args.overrides, *source])
         return bench_data.main(
             config, phases=args.phases, readers=args.readers, seconds=args.seconds, data=args.data, out=args.out
         )
