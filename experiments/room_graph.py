@@ -1,6 +1,6 @@
 """Is the world model a transition graph? BabyAI rooms, asked for every move from every state that they can be in.
 
-    python -m experiments.room_graph                 # some minutes on 2 cores, after `make quickstart`
+    python -m experiments.room_graph                 # about 10 minutes on 2 cores, after `make quickstart`
     python -m experiments.room_graph --run DIR       # another run with phase 2
     python -m experiments.room_graph --size smoke    # about a minute: shows that it runs
 
@@ -158,11 +158,12 @@ def draw(rows: Sequence[Mapping[str, Any]], room: Room, learned: Mdp) -> Figure:
                           label=(("in the learned graph", "in the true graph")[j] if not i else None))  # fmt: skip
     right.set_xticks(range(len(KINDS)), KINDS)
     right.set_xlabel("kind of move; 95 % over rooms")
-    right.legend(frameon=False, loc="lower left")
+    right.set_ylim(0, 105)
+    right.legend(frameon=False, loc="lower left", ncols=len(ladder), columnspacing=0.8, handletextpad=0.2)
     plan.set_xticks(range(len(ladder)), [f"K = {k}" for k in ladder])
     plan.set_ylim(0, 105)
     plan.set_xlabel("from every state, within an episode's steps")
-    plan.legend(frameon=False, loc="lower left")
+    plan.legend(frameon=False, loc="center left")
     return figure
 
 
