@@ -74,7 +74,7 @@ def datasets(call: Call, seed: int) -> dict[str, Path]:
     return found
 
 
-def config(call: Call, seed: int, name: str, data: Dataset, loss: str) -> Config:
+def tokenizer_config(call: Call, seed: int, name: str, data: Dataset, loss: str) -> Config:
     """The quickstart's tokenizer for frames of the dataset's size."""
     size, start = SIZES[call.size], base.settings(call, seed)
     height, width = data.spec.size
@@ -123,7 +123,7 @@ def measure(call: Call, seed: int) -> list[dict[str, Any]]:
     for name, directory in datasets(call, seed).items():
         data = open_dataset(directory)
         for loss in losses(call.size):
-            made = config(call, seed, name, data, loss)
+            made = tokenizer_config(call, seed, name, data, loss)
             run = call.run(made, "tokenizer")
             tokenizer, frames = run.model("tokenizer"), held_out(made, data)
             z = _encode(tokenizer, frames)

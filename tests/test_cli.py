@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamer4_jax import cli, runner
+from dreamer4_jax import cli, stages
 from dreamer4_jax.cli import main, parser, resolve
 from dreamer4_jax.config import preset, to_dict
 from dreamer4_jax.training.loop import model_path
@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
     """An empty working directory, where a run would make runs/; whoever begins to work in it has failed."""
     monkeypatch.chdir(tmp_path)
     for work in ("run_phase", "collect", "write_tokens"):
-        monkeypatch.setattr(runner, work, lambda *args, work=work, **kwargs: pytest.fail(f"{work} was reached"))
+        monkeypatch.setattr(stages, work, lambda *args, work=work, **kwargs: pytest.fail(f"{work} was reached"))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

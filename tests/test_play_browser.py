@@ -115,7 +115,7 @@ def test_a_key_that_is_held_goes_on_and_space_runs_and_pauses(player):
 
 
 def test_the_sliders_change_k_and_the_rate_live(player):
-    assert player.page.locator("#k-ticks").inner_text().split() == ["1", "2", "4", "8"]
+    assert player.page.locator("#k-ticks").inner_text().split() == ["1", "2", "4", "8", "auto"]
     k = player.page.locator("#k")
     k.focus()
     player.press("ArrowRight")  # moves the slider, and plays nothing
@@ -123,7 +123,9 @@ def test_the_sliders_change_k_and_the_rate_live(player):
     assert player.age() == 0
     player.page.locator("#mission").click()
     k.evaluate("e => e.blur()")
-    player.press("BracketLeft", "BracketLeft")
+    player.press("BracketRight")
+    expect(player.page.locator("#k-out")).to_have_text("adaptive")
+    player.press("BracketLeft", "BracketLeft", "BracketLeft")
     expect(player.page.locator("#k-out")).to_have_text("2")
     player.page.locator("#fps").fill("20")
     expect(player.page.locator("#fps-out")).to_have_text("20")
