@@ -48,7 +48,9 @@ class AtariEnv(PixelEnv):
 
     def _begin(self, seed: int) -> UInt8[np.ndarray, "H W 3"]:
         self._ale.setInt("random_seed", seed)
-        self._ale.loadROM(roms.get_rom_path(self._rom))  # the seed is read here
+        path = roms.get_rom_path(self._rom)
+        assert path is not None
+        self._ale.loadROM(path)  # the seed is read here
         self._legal = self._ale.getLegalActionSet()
         self._ale.reset_game()
         return self._fit(self._ale.getScreenRGB())
