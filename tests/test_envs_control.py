@@ -72,7 +72,7 @@ def test_closing_one_leaves_the_others_able_to_draw():
     one, other = make(), make()
     frame = other.reset(seed=0)[0]["image"]
     one.close()
-    np.testing.assert_array_equal(other.render(), frame)
+    np.testing.assert_array_equal(other.simulator.picture(), frame)
     np.testing.assert_array_equal(make().reset(seed=0)[0]["image"], frame)
 
 

@@ -5,21 +5,16 @@ The environment shows its last action, so that whatever pairs frames with action
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from dreamer4_jax import runner
-from dreamer4_jax.agent import model as agent_model
-from dreamer4_jax.config import ActionComponent, preset
+from dreamer4_jax.config import ActionComponent
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.envs import control
 from dreamer4_jax.envs.world_model import WorldModelEnv
-from dreamer4_jax.evaluation import rollouts
 from dreamer4_jax.inference import load_policy
 from dreamer4_jax.runner import Run
-from dreamer4_jax.stages import PHASES
-from dreamer4_jax.training import loop, state
+from tests.test_runner import micro, quick  # noqa: F401  # quick: steps compiled without optimisation
 
 PARTS = (
     ActionComponent("move", "categorical", 3),
@@ -27,9 +22,6 @@ PARTS = (
     ActionComponent("look", "mouse", 121),
     ActionComponent("arm", "continuous", 2),
 )
-NET = dict(layers=2, time_every=2, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, window=4)
-FLAT = dict(NET, layers=1, time_every=0)
-PHASE = {"steps": 2, "batch": 4, "length": 4, "warmup": 1, "log_every": 1}
 START = 250
 
 
@@ -86,12 +78,14 @@ def cost(action):
     return -0.1 - float(np.abs(np.clip(action["arm"], -1, 1)).sum())
 
 
-def micro():
-    return preset(
-        "tiny",
+def mixed():
+    """The micro run in an environment of four components, whose reward is a cost."""
+    return micro(
         **{
             "name": "mixed",
-            "env": {"kind": "control", "levels": ["shows"], "max_steps": 12},
+            "env.kind": "control",
+            "env.levels": ["shows"],
+            "env.max_steps": 12,
             "actions": [{"name": p.name, "kind": p.kind, "size": p.size} for p in PARTS],
             "agent.task_words": 1,
             "data.frames": 416,
@@ -99,53 +93,28 @@ def micro():
             "data.chunks_per_shard": 16,
             "data.bot": 0.2,
             "data.noisy_bot": 0.4,
-            "data.workers": 1,
-            "tokenizer": {"height": 16, "width": 16, "latents": 4, "channels": 2, "encoder": FLAT, "decoder": FLAT},
-            "dynamics": {"transformer": NET, "registers": 0, "k_max": 2},
-            "agent.hidden": 8,
-            "agent.bins": 7,
-            "agent.mtp": 1,
-            "agent.context": 3,
-            "agent.horizon": 2,
-            "agent.sample_steps": 2,
-            **{f"train.{p}": PHASE for p in PHASES},
+            "tokenizer.height": 16,
+            "tokenizer.width": 16,
+            "tokenizer.latents": 4,
             "evaluate.episodes": 3,
             "evaluate.envs": 2,
-            "evaluate.clips": 4,
-            "evaluate.context": 2,
-            "evaluate.frames": 4,
-        },
+        }
     )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(run directory, what `all` returned), with everything compiled without optimisation."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    def make_train_step(phase, optimizer, shardings):
-        plain = state.make_train_step(phase, optimizer, shardings).__wrapped__
-        return jax.jit(plain, donate_argnums=0, compiler_options=options)
-
+    """(run directory, what `all` returned)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(control.LEVELS, "shows", control.Level(Shows, PARTS))
         patch.setitem(control.WORDS, "shows", 1)
-        patch.setattr(loop, "make_train_step", make_train_step)
-        for module, name, fixed in (
-            (rollouts, "_generate", {}),
-            (agent_model, "_act", {"static_argnames": "greedy", "donate_argnums": 3}),
-        ):
-            plain = getattr(module, name).__wrapped__
-            patch.setattr(module, name, jax.jit(plain, compiler_options=options, **fixed))
-        train = runner.train_blind
-        patch.setattr(runner, "train_blind", lambda *args, **kwargs: train(*args, **{**kwargs, "steps": 20}))
         directory = tmp_path_factory.mktemp("runs") / "mixed"
-        yield directory, Run(micro(), directory, progress=False).all()
+        yield directory, Run(mixed(), directory, progress=False).all()
 
 
 def test_recorded_frames_show_the_actions_stored_with_them(finished):
     directory, _ = finished
-    data = open_dataset(directory / "data" / "frames", micro())
+    data = open_dataset(directory / "data" / "frames", mixed())
     seen = 0
     for split in data.splits:
         for i in range(data.chunks(split)):
@@ -182,7 +151,7 @@ def test_every_phase_and_policy_ran(finished):
 def test_the_policy_acts_as_the_environment_takes_it(finished):
     directory, _ = finished
     policy = load_policy(directory)
-    env = control.make(micro().env, "shows", height=16, width=16, words=1)
+    env = control.make(mixed().env, "shows", height=16, width=16, words=1)
     observation, _ = env.reset(seed=0)
     policy.reset()
     for _ in range(3):
@@ -196,7 +165,7 @@ def test_the_policy_acts_as_the_environment_takes_it(finished):
 
 def test_the_world_model_takes_the_same_actions(finished):
     directory, _ = finished
-    real = control.make(micro().env, "shows", height=16, width=16, words=1)
+    real = control.make(mixed().env, "shows", height=16, width=16, words=1)
     dream = WorldModelEnv(directory, number=4)
     assert dream.action_space == real.action_space
     dream.reset(seed=0)

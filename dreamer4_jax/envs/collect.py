@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from dreamer4_jax.config import ActionComponent, Config, DataConfig, UserError
 from dreamer4_jax.data import writer
-from dreamer4_jax.data.jobs import make_shards
+from dreamer4_jax.data.jobs import J, make_shards
 from dreamer4_jax.data.schema import Episode, action_array, chunks
 from dreamer4_jax.data.store import SPLITS, DatasetSpec
 from dreamer4_jax.envs import kinds, spaces
@@ -338,20 +338,45 @@ def collect(config: Config, out_dir: str | Path, *, seed: int, progress: bool = 
         del d[name]  # how it ran and is read is no part of what was recorded, and it was made from no source
     spec = DatasetSpec.of(config)
     request = {"seed": seed, "env": dataclasses.asdict(config.env), "data": d, "spec": spec.to_json()}
+
+    def job(shard: int, path: str) -> _Job:
+        return _Job(config, seed, shard, plan[shard][1], path)
+
+    return write_shards(
+        directory, spec, request, [split for split, _ in plan], job, _make_shard,
+        workers=config.data.workers, progress=progress,
+    )  # fmt: skip
+
+
+def write_shards(
+    directory: Path,
+    spec: DatasetSpec,
+    request: dict[str, Any],
+    splits: Sequence[str],
+    job: Callable[[int, str], J],
+    make: Callable[[J], dict[str, Any]],
+    *,
+    workers: int,
+    progress: bool,
+    unit: str = "frames",
+) -> dict[str, Any]:
+    """Records the shards of a dataset and finishes it; returns the manifest.
+
+    Args:
+        request: what the directory is claimed for.
+        splits: of the shards, in their order.
+        job: (number of the shard, its path) -> what `make`, a module's function, makes it from.
+        unit: what the jobs count.
+    """
     writer.write_request(directory, request)
-    counts = {split: sum(s == split for s, _ in plan) for split in SPLITS}
-    entries: dict[str, list[dict[str, Any]]] = {split: [{}] * n for split, n in counts.items()}
-    jobs: list[_Job] = []
-    place: list[tuple[str, int]] = []
-    for shard, (split, size) in enumerate(plan):
-        index = sum(s == split for s, _ in place)
-        place.append((split, index))
-        path = directory / writer.shard_file(split, index, counts[split])
-        jobs.append(_Job(config, seed, shard, size, str(path)))
-    made = make_shards(jobs, _make_shard, workers=config.data.workers, progress=progress, what="recording")
+    entries: dict[str, list[dict[str, Any]]] = {split: [{}] * splits.count(split) for split in SPLITS}
+    place = [(split, splits[:i].count(split)) for i, split in enumerate(splits)]
+    files = [directory / writer.shard_file(split, at, splits.count(split)) for split, at in place]
+    jobs = [job(i, str(file)) for i, file in enumerate(files)]
+    made = make_shards(jobs, make, workers=workers, progress=progress, what="recording", unit=unit)
     for shard, entry in made:
-        split, index = place[shard]
-        entries[split][index] = entry
+        split, at = place[shard]
+        entries[split][at] = entry
     everything = [e for shards in entries.values() for e in shards]
     return writer.finish(
         directory,

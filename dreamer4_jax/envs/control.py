@@ -28,9 +28,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
+from dreamer4_jax.data.readers.base import Fit
 from dreamer4_jax.envs.kinds import Expert
-from dreamer4_jax.envs.pictures import headless, resized
-from dreamer4_jax.envs.spaces import action_space, from_env, nothing, same, to_env, uniform
+from dreamer4_jax.envs.pictures import headless
+from dreamer4_jax.envs.pixels import PixelEnv, check_level
+from dreamer4_jax.envs.spaces import from_env, nothing, same, to_env, uniform
 
 EXTRA = 'needs the extra "control": pip install "dreamer4_jax[control]"'
 HOLD = 0.25  # probability that aimless play draws a new action; it holds the last one otherwise
@@ -71,7 +73,7 @@ class Pendulum:
 
         self.env = PendulumEnv(render_mode="rgb_array")
         self.env.screen_dim = SHARPNESS * max(height, width)
-        self._size = height, width
+        self._fit = Fit((height, width))
         with headless():
             self.reset(0)
             self.picture()  # it opens its screen with the first
@@ -85,7 +87,7 @@ class Pendulum:
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
         self.env.last_u = None
-        return resized(np.asarray(self.env.render()), *self._size)
+        return self._fit(np.asarray(self.env.render()))
 
     def expert(self, rng: np.random.Generator) -> Expert:
         return SwingUp(self)
@@ -138,7 +140,7 @@ class Race:
         self.keys = len(parts) > 1
         with headless():
             self.env = Unseen()
-        self._size = height, width
+        self._fit = Fit((height, width))
 
     def reset(self, seed: int) -> None:
         self.env.seen = True
@@ -161,7 +163,7 @@ class Race:
         if not self.env.seen:  # the episode ended between two pictures
             self.env.seen = True
             self.env.state = self.env._render("state_pixels")
-        return resized(np.asarray(self.env.state), *self._size)
+        return self._fit(np.asarray(self.env.state))
 
     def expert(self, rng: np.random.Generator) -> Expert:
         return Driver(self)
@@ -329,58 +331,41 @@ WORDS = {level: i + 1 for i, level in enumerate(LEVELS)}  # part of the data for
 VOCABULARY = len(LEVELS) + 1
 
 
-class Control(gymnasium.Env):
+class Control(PixelEnv):
     """One level as pixels, `simulator` beneath."""
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
-
-    def __init__(self, level: str, *, height: int, width: int, words: int, max_steps: int):
-        self.level, self.parts = level, _level(level).parts
-        self.simulator = simulator = _level(level).simulator(self.parts, height, width)
+    def __init__(self, level: str, *, max_steps: int, **sizes: int):
+        self.parts = _level(level).parts
+        self.simulator = sim = _level(level).simulator(self.parts, sizes["height"], sizes["width"])
+        limit = min(max_steps, sim.limit // sim.repeat)
+        super().__init__(level, self.parts, vocabulary=VOCABULARY, max_steps=limit, **sizes)
         self.idle = to_env(nothing(self.parts, 1), 0)
-        self.action_space = action_space(self.parts)
-        self.observation_space = gymnasium.spaces.Dict(
-            image=gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8),
-            task=gymnasium.spaces.Box(0, VOCABULARY - 1, (words,), np.int32),
-        )
-        self._limit = min(max_steps, simulator.limit // simulator.repeat)
-        self._task = np.zeros(words, np.int32)
-        self._task[0] = WORDS[level]
-        self._taken = 0
         self._held: Any = None
+        self._success: bool | None = None
 
-    def _observe(self) -> dict[str, np.ndarray]:
-        return {"image": self.simulator.picture(), "task": self._task.copy()}
+    def _mission(self) -> tuple[int, str]:
+        return WORDS[self.level], self.simulator.mission
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        super().reset(seed=seed)
-        self.simulator.reset(int(self.np_random.integers(2**31)) if seed is None else seed)
-        self._taken, self._held = 0, None
-        return self._observe(), {"mission": self.simulator.mission}
+    def _begin(self, seed: int) -> UInt8[np.ndarray, "H W 3"]:
+        self.simulator.reset(seed)
+        self._held = self._success = None
+        return self.simulator.picture()
 
-    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def _advance(self, action: Any) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool]:
         parts, sim = from_env(action, self.parts), self.simulator
         for part in self.parts:
             if part.kind == "continuous":
                 parts[part.name] = np.clip(parts[part.name], -1.0, 1.0)
-        total, terminated, success = 0.0, False, None
+        total, terminated = 0.0, False
         for i in range(sim.repeat):
-            reward, terminated, success = sim.step(parts, i == sim.repeat - 1)
+            reward, terminated, self._success = sim.step(parts, i == sim.repeat - 1)
             total += reward
             if terminated:
                 break
-        self._taken += 1
-        truncated = not terminated and self._taken >= self._limit
-        info: dict[str, Any] = {"mission": sim.mission}
-        if success is not None and (terminated or truncated):
-            info["success"] = success
-        return self._observe(), total, terminated, truncated, info
+        return sim.picture(), total, terminated
 
-    def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        return self.simulator.picture()
+    def _succeeded(self, ended: bool) -> bool | None:
+        return self._success
 
     def close(self) -> None:
         self.simulator.close()
@@ -397,8 +382,7 @@ class Control(gymnasium.Env):
 
 
 def _level(level: str) -> Level:
-    if level not in LEVELS:
-        raise UserError(f"env.levels: unknown level {level!r}; choose of {', '.join(LEVELS)}")
+    check_level(level, tuple(LEVELS))
     return LEVELS[level]
 
 

@@ -17,11 +17,10 @@ import numpy as np
 
 from dreamer4_jax.config import Config, EnvConfig, UserError, override, preset, to_dict
 from dreamer4_jax.data import writer
-from dreamer4_jax.data.jobs import make_shards
 from dreamer4_jax.data.schema import Episode, chunks
-from dreamer4_jax.data.store import SPLITS, DatasetSpec
+from dreamer4_jax.data.store import DatasetSpec
 from dreamer4_jax.envs import kinds, spaces
-from dreamer4_jax.envs.collect import FIRST_SEED, Scripted, Tally, check_config, record, summarize
+from dreamer4_jax.envs.collect import FIRST_SEED, Scripted, Tally, check_config, record, write_shards
 from dreamer4_jax.envs.kinds import ExpertFailure
 
 SCRIPTS = {"random": "aimless", "expert": "bot", "noisy": "noisy_bot"}
@@ -249,25 +248,10 @@ def collect_episodes(
         "data": {"burst": d.burst, "burst_length": d.burst_length, "holdout": d.holdout},
         "spec": spec.to_json(),
     }
-    writer.write_request(directory, request)
-    jobs: list[Job] = []
-    place: list[tuple[str, int]] = []
-    for split, first in zip(splits, starts, strict=True):
-        index = sum(s == split for s, _ in place)
-        path = directory / writer.shard_file(split, index, splits.count(split))
-        place.append((split, index))
-        jobs.append(Job(config, policy, seed, first, min(each, episodes - first), str(path)))
-    made: dict[str, list[dict[str, Any]]] = {split: [{}] * splits.count(split) for split in SPLITS}
-    shards = make_shards(jobs, make_shard, workers=workers, progress=progress, what="recording", unit="episodes")
-    for number, entry in shards:
-        split, index = place[number]
-        made[split][index] = entry
-    everything = [e for split in SPLITS for e in made[split]]
-    return writer.finish(
-        directory,
-        spec,
-        made,
-        request=request,
-        statistics=summarize(everything),
-        dropped=[episode for e in everything for episode in e["dropped"]],
+
+    def job(shard: int, path: str) -> Job:
+        return Job(config, policy, seed, starts[shard], min(each, episodes - starts[shard]), path)
+
+    return write_shards(
+        directory, spec, request, splits, job, make_shard, workers=workers, progress=progress, unit="episodes"
     )
