@@ -68,6 +68,18 @@ def test_episodes_follow_their_seed_and_limits():
     assert env.action_space.contains(env.random_action(np.random.default_rng(0)))
 
 
+def test_what_lies_beyond_the_range_is_clipped_before_the_simulator_sees_it(monkeypatch):
+    env, seen = make(), []
+    env.reset(seed=0)
+    plain = env.simulator.step
+    monkeypatch.setattr(
+        env.simulator, "step", lambda action, last: seen.append(action["torque"]) or plain(action, last)
+    )
+    for torque in (3.0, -3.0, 0.5):
+        env.step(np.asarray([torque], np.float32))
+    np.testing.assert_array_equal(np.ravel(seen), np.repeat([1.0, -1.0, 0.5], env.simulator.repeat))
+
+
 def test_closing_one_leaves_the_others_able_to_draw():
     one, other = make(), make()
     frame = other.reset(seed=0)[0]["image"]

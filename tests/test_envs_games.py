@@ -203,6 +203,24 @@ def test_atari_games_share_their_actions_and_have_no_success():
         game("atari", "ALE/Nope-v5")
 
 
+def test_no_action_sticks_from_one_minatar_episode_to_the_next():
+    """A tenth of the actions repeat the one before; the first of an episode has none before it."""
+    used, fresh = game("minatar", LEVELS["minatar"]), game("minatar", LEVELS["minatar"])
+    left, right = 1, 3
+    moved = 0
+    for seed in range(60):
+        used.reset(seed=1000)
+        used.step(left)
+        used.reset(seed=seed)
+        fresh.reset(seed=1000)
+        fresh.step(right)
+        fresh.reset(seed=seed)
+        before = fresh.render()
+        np.testing.assert_array_equal(used.step(right)[0]["image"], after := fresh.step(right)[0]["image"])
+        moved += (before != after).any()
+    assert moved
+
+
 def test_minatars_picture_is_its_state():
     env = game("minatar", "MinAtar/Seaquest-v0", size=64)
     from dreamer4_jax.envs import minatar

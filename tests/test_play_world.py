@@ -127,6 +127,20 @@ def test_doubt_looks_at_the_same_frame_twice_and_changes_nothing(world):
     np.testing.assert_array_equal(doubted[2].other, play(True)[2].other)
 
 
+def test_the_second_seed_takes_as_many_steps_as_the_first(world):
+    """Refined to the end, an adaptive frame is that of k_max steps, and so is its second opinion."""
+
+    def other(steps, tolerance=np.inf):
+        world.start(1, start(5))
+        view = world.step({1: move(0, steps, doubt=True, tolerance=tolerance)})[1]
+        world.leave(1)
+        return view.other.astype(int)
+
+    finest = other(CONFIG.dynamics.k_max)
+    np.testing.assert_allclose(other(1, tolerance=0.0), finest, atol=2)
+    assert np.abs(other(1) - finest).max() > 10, "one step must not give the same"
+
+
 def test_the_round_trip_is_the_tokenizer_s(world):
     tokenizer = world._models[0]
     frame = start(7).frames[-1]

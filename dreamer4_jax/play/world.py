@@ -84,7 +84,7 @@ class PlayWorld:
         self._has_value = heads is not None and heads.value is not None
         nothing = _NoScalar()
         stand_in = Heads(nothing, nothing, _NoPolicy(cfg.actions))
-        self._streams = Streams(tokenizer, dynamics, heads or stand_in, slots=slots, context=context, adaptive=True)
+        self._streams = Streams(tokenizer, dynamics, heads or stand_in, slots=slots, context=context)
         self._models = self._streams.models[:2]  # cast once, and held once
         self._state = self._streams.empty()
 

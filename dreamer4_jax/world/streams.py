@@ -221,7 +221,8 @@ def step_slots(
     one that writes the frames and reads h.
 
     Args:
-      tolerance: refines the `steps` of each slot (`adaptive.denoise`); None for equal steps and a smaller program.
+      tolerance: refines the `steps` of each slot (`adaptive.denoise`); None for equal steps in a smaller program, which
+        is no faster.
     """
     tokenizer, dynamics, heads = models
     go = advance & state.active
@@ -267,7 +268,6 @@ class Streams:
       context: frames of context that a `join` computes; of longer ones the last count.
       dtype: "bfloat16" or "float32" for the transformers' products, instead of the config's. Either way the weights
         are cast once, here.
-      adaptive: the program of `step` can refine the steps of a slot by its `tolerance`.
     """
 
     def __init__(
@@ -279,7 +279,6 @@ class Streams:
         slots: int,
         context: int | None = None,
         dtype: str | None = None,
-        adaptive: bool = False,
     ):
         self.config = dynamics.cfg
         self.slots = slots
@@ -291,7 +290,6 @@ class Streams:
         # Bound to a device from the start, as everything is that a jitted function returns: one program, not two.
         self._device = jax.local_devices()[0]
         self.models: Models = jax.device_put(models, self._device)
-        self.adaptive = adaptive
 
     def empty(self) -> StreamState:
         """The state in which no slot has been joined."""
@@ -390,7 +388,7 @@ class Streams:
           steps: K of each slot, or of all: a power of two up to dynamics.k_max. The call takes as many passes as the
             largest of those that advance, and one more, which writes the frames and reads h.
           tolerance: of each slot, or of all: a slot's steps are halved where the frame that they lead to would differ
-            by more than this (`adaptive.difference`); infinite for `steps` equal ones. Needs `adaptive`.
+            by more than this (`adaptive.difference`); infinite for `steps` equal ones.
         """
         go = np.asarray(advance)
         if go.shape != (self.slots,) or go.dtype != bool:
@@ -403,10 +401,7 @@ class Streams:
         limit = np.broadcast_to(np.asarray(tolerance, np.float32), (self.slots,))
         if not (limit >= 0).all():
             raise ValueError(f"tolerance = {limit[~(limit >= 0)][0]:g}: must be at least 0")
-        if not self.adaptive and np.isfinite(limit).any():
-            raise ValueError(f"tolerance = {limit.min():g}: only Streams(adaptive=True) refine their steps")
-        given = self._actions(actions, self.slots)
-        return _step(self.models, state, given, go, k, limit if self.adaptive else None)
+        return _step(self.models, state, self._actions(actions, self.slots), go, k, limit)
 
     def warm_up(self) -> None:
         """Compiles everything, so that the first stream waits for nothing."""
