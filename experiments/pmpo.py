@@ -1,11 +1,12 @@
 """PMPO against other objectives of imagined rollouts: the sign of the advantage, its size, or the best paths alone.
 
-    python -m experiments.pmpo                      # about 150 minutes on 2 cores (estimated), after `make quickstart`
-    python -m experiments.pmpo --run DIR            # from another finished phase 2
+    python -m experiments.pmpo --run runs/quickstart-full-seed0  # DURATION; needs phases 1 and 2 of quickstart-full
+    python -m experiments.pmpo                      # from phase 2 of `make quickstart`, which knows less of rewards
     python -m experiments.pmpo --size smoke         # a few minutes: shows that it runs
 
-Takes one finished phase 2 (runs/quickstart-seed0, trained if it is not there) and trains phase 3 from it on each seed
-with each objective: the same frozen world model, contexts, number and length of rollouts, prior, beta and optimiser.
+Takes one finished phase 2 (that of runs/quickstart-seed0, trained if it is not there, or another run's) and trains
+phase 3 from it on each seed with each objective: the same frozen world model, contexts, number and length of rollouts,
+prior, beta and optimiser.
 Every policy plays the same episodes of the real environment. PPO acts with the EMA of its policy, to which its ratios
 are: with one update a rollout they would all be 1 to the policy itself. Sweeps: alpha and beta of PMPO, and the scale
 of the rewards, of which PMPO sees nothing but through the value's two-hot bins.
@@ -44,11 +45,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "AWR, normalised": {"agent.objective": "awr", "agent.normalize_advantage": True},
     "cloning of the best paths": {"agent.objective": "filtered_bc"},
 }
-SWEPT: dict[str, Any] = dict(alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0))
+SWEPT: dict[str, Any] = dict(alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 1.0), scales=(0.1, 10.0))
 # None: what the run's config says, or all; objectives: the first of the list above; swept: seeds of the sweeps.
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(steps=2, episodes=4, seeds=1, swept=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
-    "laptop": dict(steps=None, episodes=None, seeds=None, swept=3, objectives=None, **SWEPT),
+    "laptop": dict(steps=100, episodes=400, seeds=None, swept=3, objectives=None, **SWEPT),
     "tpu": dict(steps=2000, episodes=None, seeds=None, swept=None, objectives=None, **SWEPT),
 }
 
@@ -80,24 +81,31 @@ def student_ci(x: Sequence[float] | np.ndarray) -> Interval:
 def train_and_play(
     call: Call, run: Run, name: str, changes: Mapping[str, Any], seed: int
 ) -> tuple[EvalResult, list[tuple[int, float]]]:
-    """What a cell's policy earns in the real environment, and the share of positive advantages by step."""
+    """What a cell's policy earns in the real environment, and the share of positive advantages by step.
+
+    Without an objective the policy stays that of phase 2, so nothing is trained; the seed is then that of its draws.
+    """
     slug = "-".join(f"{k.rsplit('.', 1)[-1]}-{v}" for k, v in changes.items())
     fields: dict[str, Any] = {**changes, "seed": seed, "name": f"pmpo-{call.size}-{slug}"}
     if SIZES[call.size]["steps"]:
         fields["train.imagination.steps"] = SIZES[call.size]["steps"]
     if call.size == "smoke":
         fields |= {"agent.horizon": 2, "train.imagination.batch": 4, "train.imagination.log_every": 1}
-    learned, where = base.train_imagination(call, run, override(run.config, fields))
+    agent = run.model("agent")
+    policy, curve = agent.policy, []
+    if changes["agent.objective"] != "none":
+        learned, where = base.train_imagination(call, run, override(run.config, fields))
+        policy, curve = learned.policy, positive(where)
     e = run.config.evaluate
     result = evaluate_policy(
-        WorldModelPolicy(run.model("tokenizer"), run.model("agent").dynamics, learned.policy, seed=seed, name=name),
+        WorldModelPolicy(run.model("tokenizer"), agent.dynamics, policy, seed=seed, name=name),
         run.make_env,
         run.config.env.levels,
         episodes=SIZES[call.size]["episodes"] or e.episodes,
         envs=e.envs,
         seed=run.config.seed + 1_000_003,
     )
-    return result, positive(where)
+    return result, curve
 
 
 def positive(where: Path) -> list[tuple[int, float]]:

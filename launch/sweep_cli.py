@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launch.sweep import Sweep
+    from launch.sweep_file import Sweep
 
 
 def _positive(text: str) -> int:
@@ -16,7 +16,9 @@ def _positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dreamer4 sweep`."""
-    parser.add_argument("file", help="a sweep file (see launch/sweep.py), or the name of one in experiments/sweeps/")
+    parser.add_argument(
+        "file", help="a sweep file (see launch/sweep_file.py), or the name of one in experiments/sweeps/"
+    )
     parser.add_argument("--out", metavar="DIR", help="sweep directory (runs/sweep-<file>); resumed if it is there")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="trials at once (as many as the cores allow)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N trials")
@@ -28,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs, shows or reports a sweep."""
     from launch import sweep as sweeps
+    from launch.sweep_file import load
 
-    sweep = sweeps.load(args.file)
+    sweep = load(args.file)
     directory = Path(args.out or f"runs/sweep-{sweep.path.stem}")
     if args.dry_run:
         _show(sweep, directory, args.limit)
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 def _show(sweep: "Sweep", directory: Path, limit: int | None) -> None:
     import shlex
 
-    from launch.sweep import expand
+    from launch.sweep_file import expand
 
     for trial in expand(sweep, directory)[:limit]:
         print(shlex.join(trial.spec.command()))

@@ -18,7 +18,9 @@ from dreamer4_jax.evaluation.plots import PALETTE, _figure, to_png, to_svg
 from dreamer4_jax.training.metrics import write_atomic
 from launch.algebra import plain
 from launch.metric import Metric, MetricError, Value, cost
-from launch.sweep import Records, Sweep, failure, make_trial
+from launch.sweep import failure
+from launch.sweep_file import Sweep, make_trial
+from launch.sweep_records import Records
 
 BEST, OTHER = PALETTE[1], PALETTE[-1]
 NAMED = 6  # trials of the front that get their name into the picture

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dreamer4_jax.config import UserError
 from launch.algebra import chain, product, values
 from launch.metric import Metric, Value
-from launch.sweep import Records, Sweep, make_trial
+from launch.sweep_file import Sweep, make_trial
+from launch.sweep_records import Records
 from launch.sweep_report import Row, collect, field_figure, front, page, pareto_figure, write_report
 
 LR, K_MAX = "train.dynamics.lr", "dynamics.k_max"

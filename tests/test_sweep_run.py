@@ -19,7 +19,9 @@ from launch.algebra import chain, product, values
 from launch.metric import Metric, MetricError, below_median, smoothed
 from launch.spec import RunSpec
 from launch.study import Distribution, choice, integers, log_uniform, uniform
-from launch.sweep import Records, Sweep, SweepInterrupted, expand, load, run, trial_name
+from launch.sweep import SweepInterrupted, run
+from launch.sweep_file import Sweep, expand, load, trial_name
+from launch.sweep_records import Records
 from tests import fake_backend
 
 LR = "train.dynamics.lr"

@@ -1,1 +1,1 @@
-"""Sweep files: `dreamer4 sweep NAME`. What they may hold: launch/sweep.py."""
+"""Sweep files: `dreamer4 sweep NAME`. What they may hold: launch/sweep_file.py."""
