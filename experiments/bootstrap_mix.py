@@ -31,7 +31,7 @@ STUDY = Study(
 )
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(steps=8, batch=4, clips=4),
-    "laptop": dict(steps=600, batch=8, clips=128),
+    "laptop": dict(steps=900, batch=4, clips=128),  # the training of the quickstart
     "tpu": dict(steps=6000, batch=32, clips=512),
 }
 MIXES = {"rows": "a quarter of the rows", "frames": "single frames (Eq 4)"}
