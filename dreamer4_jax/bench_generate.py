@@ -31,7 +31,7 @@ from dreamer4_jax.nn.cache import Cache
 from dreamer4_jax.parallel.programs import generated_frame
 from dreamer4_jax.presets import PRESETS
 from dreamer4_jax.training.metrics import write_atomic
-from dreamer4_jax.world.streams import step_slots
+from dreamer4_jax.world.slots import step_slots
 
 REFERENCE = "reference"  # the shapes that other implementations were measured at
 DEFAULT = (REFERENCE, "tiny", "small", "base")

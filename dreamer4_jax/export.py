@@ -26,7 +26,7 @@ from dreamer4_jax.agent.model import decide, empty_memory
 from dreamer4_jax.config import UserError, to_dict
 from dreamer4_jax.inference import World
 from dreamer4_jax.world.dynamics import Actions
-from dreamer4_jax.world.streams import Shown, StreamState, join_slots, step_slots
+from dreamer4_jax.world.slots import Shown, StreamState, join_slots, step_slots
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -19,7 +19,8 @@ from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import TransitionOracle
 from dreamer4_jax.world.precision import cast_once
-from dreamer4_jax.world.streams import Heads, Streams
+from dreamer4_jax.world.slots import Heads
+from dreamer4_jax.world.streams import Streams
 from dreamer4_jax.world.tokenizer import Tokenizer
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dreamer4_jax.agent import ValueHead, distribution
+from dreamer4_jax.agent.branching import BranchingOracle
 from dreamer4_jax.agent.model import Agent, WorldModelPolicy, readout_width
-from dreamer4_jax.agent.planning import BestOfN, BranchingOracle, CrossEntropy, GumbelMuZero, SearchPolicy
+from dreamer4_jax.agent.planning import BestOfN, CrossEntropy, GumbelMuZero, SearchPolicy
 from dreamer4_jax.config import ActionComponent, UserError
 from dreamer4_jax.evaluation.closed_loop import evaluate_policy
 from dreamer4_jax.evaluation.simulator import EnvCopies, clone

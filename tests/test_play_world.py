@@ -15,7 +15,7 @@ from dreamer4_jax.play.session import Move
 from dreamer4_jax.play.world import PlayWorld, compare_frames
 from dreamer4_jax.world import Dynamics, Tokenizer
 from dreamer4_jax.world import streams as world_streams
-from dreamer4_jax.world.streams import Heads
+from dreamer4_jax.world.slots import Heads
 from tests.play_fake import FakeSink
 from tests.small import config, drawn
 

@@ -12,7 +12,8 @@ from dreamer4_jax.agent.model import readout_width
 from dreamer4_jax.nn import cache as ring
 from dreamer4_jax.world import Actions, Dynamics, Tokenizer, shortcut, streams
 from dreamer4_jax.world.precision import cast_once
-from dreamer4_jax.world.streams import Heads, Streams
+from dreamer4_jax.world.slots import Heads
+from dreamer4_jax.world.streams import Streams
 from tests.small import MOVES, config, drawn, latents, moves
 
 STACKS = ("dynamics.transformer", "tokenizer.encoder", "tokenizer.decoder")

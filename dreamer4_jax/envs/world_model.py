@@ -30,7 +30,7 @@ from dreamer4_jax.envs.spaces import action_space
 from dreamer4_jax.envs.starts import Starts
 from dreamer4_jax.inference import World, load_world, recording
 from dreamer4_jax.world.dynamics import Actions
-from dreamer4_jax.world.streams import Models, StreamState, join_slots, step_slots
+from dreamer4_jax.world.slots import Models, StreamState, join_slots, step_slots
 
 Rewards = Literal["mean", "sampled"]
 

@@ -30,19 +30,17 @@ data says so in one line, so a run that was interrupted gets a report as well. A
 results.json holds all of it without frames, clips and loss curves; NaN and infinities become null.
 """
 
-import base64
-import html
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamer4_jax.config import UserError
-from dreamer4_jax.evaluation import media, plots
+from dreamer4_jax.evaluation import media, plots, tags
 from dreamer4_jax.evaluation.closed_loop import EvalResult
 from dreamer4_jax.evaluation.page import STYLE
 from dreamer4_jax.training.metrics import read_metrics
@@ -54,83 +52,18 @@ KEYS = frozenset(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    """A number for people: thousands separated, floats to `digits` significant digits, a dash for None and NaN."""
-    value = value.item() if isinstance(value, np.generic) else value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.{digits}g}"
-    return _text(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _interval(value: Any, scale: float = 1.0, digits: int = 2, signed: bool = False) -> str:
-    """``mean`` with ``low – high`` in smaller type; `scale` 100 shows per cent."""
-    if value is None:
-        return "–"
-    found = value._asdict() if hasattr(value, "_asdict") else value
-    mean, low, high = (scale * float(found[k]) for k in ("mean", "low", "high"))
-    sign = "+" if signed else ""
-    middle, ends = f"{mean:{sign}.{digits}f}", f"{low:{sign}.{digits}f} … {high:{sign}.{digits}f}"
-    return f"{middle} <small>{ends}</small>".replace("-", "−")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: bool = False) -> str:
-    """An HTML table; cells are HTML already. The first column is text, the others are numbers unless `words`."""
-    top = "".join(f"<th scope=col>{_text(h)}</th>" for h in head)
-    body = "".join(
-        f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    note = f"<p class=remark>{caption}</p>" if caption else ""  # outside: it must not scroll with a wide table
-    kind = " class=words" if words else ""
-    return f"<div class=scroll><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>{note}"
-
-
-def _image(data: bytes, kind: str, alt: str, width: str = "") -> str:
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    style = f' style="width:{width}"' if width else ""
-    return f'<img alt="{_text(alt)}" src="{source}"{style}>'
-
-
-def _chart(figure: Any, label: str) -> str:
-    return "" if figure is None else f"<figure class=chart>{plots.to_svg(figure, label)}</figure>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Sections: each returns HTML, or None when its data is missing
 
 
 def _headline(data: Mapping[str, Any]) -> str | None:
     summary = data.get("summary") or []
-    parts = [f"<p class=lead>{_text(s)}</p>" for s in ([summary] if isinstance(summary, str) else summary)]
+    parts = [f"<p class=lead>{tags.text(s)}</p>" for s in ([summary] if isinstance(summary, str) else summary)]
     numbers = data.get("numbers") or []
     if numbers:
         cards = "".join(
-            f"<div class=card><div class=label>{_text(n['label'])}</div><div class=value>{_number(n['value'])}</div>"
-            f"<div class=note>{_text(n.get('note', ''))}</div></div>"
+            f"<div class=card><div class=label>{tags.text(n['label'])}</div>"
+            f"<div class=value>{tags.number(n['value'])}</div>"
+            f"<div class=note>{tags.text(n.get('note', ''))}</div></div>"
             for n in numbers
         )
         parts.append(f"<div class=cards>{cards}</div>")
@@ -142,12 +75,12 @@ def _headline(data: Mapping[str, Any]) -> str | None:
             None: "<b class=open>open</b>",
         }
         rows = [
-            (marks[_flag(t.get("passed"))], _text(t["name"]), _text(t["target"]), _number(t.get("value")))
+            (marks[_flag(t.get("passed"))], tags.text(t["name"]), tags.text(t["target"]), tags.number(t.get("value")))
             for t in targets
         ]
         met = sum(_flag(t.get("passed")) is True for t in targets)
         parts.append(f"<h3>Targets: {met} of {len(targets)} met</h3>")
-        parts.append(_table(("Result", "Target", "Wanted", "Measured"), rows, words=True))
+        parts.append(tags.table(("Result", "Target", "Wanted", "Measured"), rows, words=True))
     return "".join(parts) or None
 
 
@@ -160,22 +93,24 @@ def _phases(data: Mapping[str, Any]) -> str | None:
     if not phases:
         return None
     columns = (
-        ("steps", "Steps", _number),
-        ("seconds", "Time", _duration),
-        ("parameters", "Parameters", _number),
-        ("frames_per_second", "Frames/s", _number),
-        ("note", "", lambda v: _text(v or "")),
+        ("steps", "Steps", tags.number),
+        ("seconds", "Time", tags.duration),
+        ("parameters", "Parameters", tags.number),
+        ("frames_per_second", "Frames/s", tags.number),
+        ("note", "", lambda v: tags.text(v or "")),
     )
     shown = [c for c in columns if any(p.get(c[0]) is not None for p in phases)]
-    rows = [[_text(p["name"]), *(form(p.get(key)) for key, _, form in shown)] for p in phases]
+    rows = [[tags.text(p["name"]), *(form(p.get(key)) for key, _, form in shown)] for p in phases]
     seconds = [p["seconds"] for p in phases if p.get("seconds") is not None]
     if len(seconds) > 1:
-        rows.append(["<b>all</b>", *(f"<b>{_duration(sum(seconds))}</b>" if k == "seconds" else "" for k, *_ in shown)])
-    return _table(["Phase", *(title for _, title, _ in shown)], rows)
+        rows.append(
+            ["<b>all</b>", *(f"<b>{tags.duration(sum(seconds))}</b>" if k == "seconds" else "" for k, *_ in shown)]
+        )
+    return tags.table(["Phase", *(title for _, title, _ in shown)], rows)
 
 
 def _losses(data: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
-    charts = [_chart(plots.loss_figure(name, records), f"losses of {name}") for name, records in metrics.items()]
+    charts = [tags.chart(plots.loss_figure(name, records), f"losses of {name}") for name, records in metrics.items()]
     return f"<div class=charts>{''.join(charts)}</div>" if any(charts) else None
 
 
@@ -185,7 +120,7 @@ def _reconstruction(data: Mapping[str, Any]) -> str | None:
         return None
     parts = []
     rows = [
-        (title, _interval(r[key], scale, digits))
+        (title, tags.interval(r[key], scale, digits))
         for key, title, scale, digits in (
             ("symbol_accuracy", "Symbol accuracy, %", 100, 2),
             ("psnr", "PSNR, dB", 1, 2),
@@ -193,9 +128,9 @@ def _reconstruction(data: Mapping[str, Any]) -> str | None:
         )
         if r.get(key) is not None
     ]
-    rows += [(f"{_text(name)} distance", _interval(v, 1, 4)) for name, v in (r.get("perceptual") or {}).items()]
+    rows += [(f"{tags.text(name)} distance", tags.interval(v, 1, 4)) for name, v in (r.get("perceptual") or {}).items()]
     if rows:
-        frames = f"{_number(r['frames'])} held-out frames; " if r.get("frames") is not None else ""
+        frames = f"{tags.number(r['frames'])} held-out frames; " if r.get("frames") is not None else ""
         distances = (
             " Distances in the features of the named networks, on a part of the frames: they compare with each other "
             "alone."
@@ -203,11 +138,13 @@ def _reconstruction(data: Mapping[str, Any]) -> str | None:
             else " No perceptual distance: pip install 'dreamer4_jax[metrics]'."
         )
         parts.append(
-            _table(("Metric", "Mean and 95 % interval"), rows, f"{frames}95 % bootstrap intervals.{distances}")
+            tags.table(("Metric", "Mean and 95 % interval"), rows, f"{frames}95 % bootstrap intervals.{distances}")
         )
     if r.get("real") is not None and r.get("reconstructed") is not None:
         picture = media.grid({"real": r["real"], "reconstructed": r["reconstructed"]})
-        parts.append(f"<figure class=wide>{_image(picture, 'png', 'real frames above their reconstructions')}</figure>")
+        parts.append(
+            f"<figure class=wide>{tags.image(picture, 'png', 'real frames above their reconstructions')}</figure>"
+        )
     return "".join(parts) or None
 
 
@@ -232,8 +169,8 @@ def _world_model(data: Mapping[str, Any]) -> str | None:
         for c in conditions:
             frames = [("all", c["average"]), *((str(h["horizon"]), h) for h in c["horizons"])]
             for i, (name, m) in enumerate(frames):
-                cells = (_interval(m.get(key), scale, digits) for _, key, scale, digits in columns)
-                rows.append((f"<b>{_text(c['name'])}</b>" if i == 0 else "", name, *cells))
+                cells = (tags.interval(m.get(key), scale, digits) for _, key, scale, digits in columns)
+                rows.append((f"<b>{tags.text(c['name'])}</b>" if i == 0 else "", name, *cells))
         head = ("Actions", "Frame", *(title for title, *_ in columns))
         tiles = (
             " Repeat: the last context frame, on the same tiles. Changed: tiles that differ from the last context "
@@ -242,23 +179,23 @@ def _world_model(data: Mapping[str, Any]) -> str | None:
         note = (
             f"{conditions[0]['clips']} held-out clips.{tiles if symbols else ''} 95 % bootstrap intervals over clips."
         )
-        parts.append(_chart(plots.horizon_figure(conditions), "symbol accuracy on changed tiles by imagined frame"))
-        parts.append(_table(head, rows, note))
+        parts.append(tags.chart(plots.horizon_figure(conditions), "symbol accuracy on changed tiles by imagined frame"))
+        parts.append(tags.table(head, rows, note))
     clips = w.get("clips") or []
     if clips:
         steps = f", K = {w['steps']}" if w.get("steps") is not None else ""
         parts.append(f"<h3>Real and imagined{steps}</h3><div class=clips>")
         for clip in clips:
-            caption = _text(clip.get("caption", ""))
+            caption = tags.text(clip.get("caption", ""))
             movie = media.video(clip["panels"], context=int(clip.get("context", 0)), wrong=clip.get("wrong"))
             alt = " | ".join(clip["panels"])
-            parts.append(f"<figure>{_image(movie, 'webp', alt)}<figcaption>{caption}</figcaption></figure>")
+            parts.append(f"<figure>{tags.image(movie, 'webp', alt)}<figcaption>{caption}</figcaption></figure>")
         parts.append("</div>")
         first = clips[0]
         names = list(first["panels"])
         if len(names) >= 2 and int(first.get("context", 0)) > 0:
             strip = media.filmstrip(first["panels"][names[0]], first["panels"][names[1]], context=int(first["context"]))
-            parts.append(f"<figure class=wide>{_image(strip, 'png', 'filmstrip of the first clip')}</figure>")
+            parts.append(f"<figure class=wide>{tags.image(strip, 'png', 'filmstrip of the first clip')}</figure>")
     return "".join(parts) or None
 
 
@@ -270,8 +207,8 @@ def _steps(data: Mapping[str, Any]) -> str | None:
     symbols = any(r.get("symbol_accuracy") is not None for m in models for r in m["rows"])
     metric, title = ("symbol_accuracy", "Symbol accuracy (%)") if symbols else ("psnr", "PSNR (dB)")
     charts = [
-        _chart(plots.steps_figure(models, metric, title), f"{title} against sampling steps"),
-        _chart(plots.latency_figure(models), "time per frame against sampling steps"),
+        tags.chart(plots.steps_figure(models, metric, title), f"{title} against sampling steps"),
+        tags.chart(plots.latency_figure(models), "time per frame against sampling steps"),
     ]
     scale, unit = (100, "points") if symbols else (1, "dB")
     tiles = {"Symbols %": ("symbol_accuracy", 2), "Changed %": ("changed_accuracy", 1)} if symbols else {}
@@ -280,19 +217,19 @@ def _steps(data: Mapping[str, Any]) -> str | None:
         for i, r in enumerate(m["rows"]):
             rows.append(
                 (
-                    f"<b>{_text(m['name'])}</b>" if i == 0 else "",
-                    _number(r["steps"]),
-                    *(_interval(r.get(name), 100, digits) for name, digits in tiles.values()),
-                    _interval(r.get("psnr")),
-                    _interval(r.get("ssim"), 1, 3),
-                    _number(r.get("milliseconds")),
-                    _interval(r.get("minus_largest"), scale, 2, signed=True),
+                    f"<b>{tags.text(m['name'])}</b>" if i == 0 else "",
+                    tags.number(r["steps"]),
+                    *(tags.interval(r.get(name), 100, digits) for name, digits in tiles.values()),
+                    tags.interval(r.get("psnr")),
+                    tags.interval(r.get("ssim"), 1, 3),
+                    tags.number(r.get("milliseconds")),
+                    tags.interval(r.get("minus_largest"), scale, 2, signed=True),
                 )
             )
     head = ("Model", "K", *tiles, "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
-    device = f"Time on {_text(s['device'])}. " if s.get("device") else ""
+    device = f"Time on {tags.text(s['device'])}. " if s.get("device") else ""
     note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over clips, the last column paired."
-    return f"<div class=charts>{''.join(charts)}</div>" + _table(head, rows, note)
+    return f"<div class=charts>{''.join(charts)}</div>" + tags.table(head, rows, note)
 
 
 def _closed_loop(data: Mapping[str, Any]) -> str | None:
@@ -305,21 +242,21 @@ def _closed_loop(data: Mapping[str, Any]) -> str | None:
     known = all(r["success"] for r in results)
     digits = 3 if max(abs(r["return"][end]) for r in results for end in ("low", "high")) < 10 else 1
     if known:
-        parts = [_chart(plots.success_figure(results, highlight), "success rate of each policy")]
+        parts = [tags.chart(plots.success_figure(results, highlight), "success rate of each policy")]
     else:
-        parts = [_chart(plots.return_figure(results, highlight), "return of each policy")]
+        parts = [tags.chart(plots.return_figure(results, highlight), "return of each policy")]
     rows = [
         (
-            _text(r["policy"]),
-            *([_interval(r["success"], 100, 1)] if known else []),
-            _interval(r["return"], 1, digits),
-            _interval(r["length"], 1, 1),
-            _number(r["episodes"]),
+            tags.text(r["policy"]),
+            *([tags.interval(r["success"], 100, 1)] if known else []),
+            tags.interval(r["return"], 1, digits),
+            tags.interval(r["length"], 1, 1),
+            tags.number(r["episodes"]),
         )
         for r in results
     ]
     parts.append(
-        _table(
+        tags.table(
             ("Policy", *(["Success %"] if known else []), "Return", "Length", "Episodes"),
             rows,
             "The same seeded episodes for every policy; 95 % bootstrap intervals, stratified by level.",
@@ -329,24 +266,24 @@ def _closed_loop(data: Mapping[str, Any]) -> str | None:
     if comparisons:
         differences = [
             (
-                f"{_text(d['first'])} − {_text(d['second'])}",
-                *([_interval(d["success"], 100, 1, signed=True)] if known else []),
-                _interval(d["return"], 1, digits, signed=True),
+                f"{tags.text(d['first'])} − {tags.text(d['second'])}",
+                *([tags.interval(d["success"], 100, 1, signed=True)] if known else []),
+                tags.interval(d["return"], 1, digits, signed=True),
             )
             for d in comparisons
         ]
         head = ("Paired difference", *(["Success, points"] if known else []), "Return")
-        parts.append(_table(head, differences))
+        parts.append(tags.table(head, differences))
     levels = list(dict.fromkeys(name for r in results for name in r.get("levels", {})))
     if levels:
         measure, title, form = ("success", "Success by level, %", (100, 1)) if known else (
             "return", "Return by level", (1, digits)
         )  # fmt: skip
         by_level = [
-            (_text(r["policy"]), *(_interval(r["levels"].get(n, {}).get(measure), *form) for n in levels))
+            (tags.text(r["policy"]), *(tags.interval(r["levels"].get(n, {}).get(measure), *form) for n in levels))
             for r in results
         ]
-        parts.append(f"<h3>{title}</h3>" + _table(("Policy", *map(_short_level, levels)), by_level))
+        parts.append(f"<h3>{title}</h3>" + tags.table(("Policy", *map(_short_level, levels)), by_level))
     return "".join(parts)
 
 
@@ -357,9 +294,9 @@ def _short_level(name: str) -> str:
 def _config(data: Mapping[str, Any]) -> str | None:
     parts = []
     if data.get("machine"):
-        parts.append(_table(("Machine", ""), [(_text(k), _number(v)) for k, v in data["machine"].items()]))
+        parts.append(tags.table(("Machine", ""), [(tags.text(k), tags.number(v)) for k, v in data["machine"].items()]))
     if data.get("config"):
-        text = _text(json.dumps(plain(data["config"]), indent=2))
+        text = tags.text(json.dumps(plain(data["config"]), indent=2))
         parts.append(f"<details><summary>Show the whole configuration</summary><pre>{text}</pre></details>")
     return "".join(parts) or None
 
@@ -435,7 +372,7 @@ def write_report(run_dir: str | os.PathLike[str], data: Mapping[str, Any]) -> Pa
         ("Closed loop", _closed_loop(data), "no policy was evaluated in the real environment"),
         ("Configuration", _config(data), "no configuration was given"),
     )
-    title = _text(data.get("title") or folder.resolve().name)
+    title = tags.text(data.get("title") or folder.resolve().name)
     body, links = [], []
     for name, content, absent in sections:
         anchor = name.lower().replace(" ", "-")

@@ -22,7 +22,8 @@ from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world import adaptive
 from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.oracle import one_frame
-from dreamer4_jax.world.streams import Heads, Shown, Streams, StreamState, to_bytes
+from dreamer4_jax.world.slots import Heads, Shown, StreamState, to_bytes
+from dreamer4_jax.world.streams import Streams
 from dreamer4_jax.world.tokenizer import Tokenizer
 
 OTHER_SEED = 7919  # folded into a stream's key for the second opinion; `Streams` itself folds in ages alone
