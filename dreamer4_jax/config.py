@@ -233,7 +233,7 @@ class EvaluateConfig:
     clips: int = 32  # held-out clips for the world-model metrics
     context: int = 4  # real frames in front of a generated clip
     frames: int = 16  # generated frames of a clip
-    diffusion_baseline: bool = False  # also train plain diffusion forcing: same size, data and number of steps
+    diffusion_baseline: bool = False  # also train those of presets.BASELINES: same size, data and steps
 
 
 @dataclass(frozen=True)

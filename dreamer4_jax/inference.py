@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
 from dreamer4_jax.config import Config, UserError, from_dict, override
 from dreamer4_jax.envs.spaces import to_env
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.training.checkpoint import CheckpointError, load_meta, load_model
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world.dynamics import Dynamics
@@ -33,7 +35,7 @@ def model_makers(config: Config) -> dict[str, Callable[[Any], Any]]:
     return {
         "tokenizer": lambda key: Tokenizer(config.tokenizer, key),
         "dynamics": lambda key: Dynamics(config, key),
-        "diffusion": lambda key: Dynamics(override(config, {"dynamics.objective": "diffusion"}), key),
+        **{name: partial(Dynamics, override(config, other.fields)) for name, other in BASELINES.items()},
         "agent": agent,
         "imagination": lambda key: ActorCritic(config, agent(key).policy, key),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from dreamer4_jax.config import (
     ActionComponent,
@@ -114,3 +115,27 @@ def _paper() -> Config:
 
 
 PRESETS: dict[str, Callable[[], Config]] = {"tiny": _tiny, "small": _small, "base": _base, "paper": _paper}
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A dynamics model that is trained beside the run's own, on the same data and for as many steps.
+
+    Attributes:
+      title: what reports call it.
+      fields: what its config has otherwise.
+    """
+
+    title: str
+    fields: dict[str, Any]
+
+
+# By phase. With the network predicting v, and the loss in its space, diffusion forcing is the one that the paper starts
+# from (Table 2, first row); with x it differs from the shortcut model in nothing but the step size.
+BASELINES: dict[str, Baseline] = {
+    "diffusion": Baseline("diffusion forcing, x-prediction", {"dynamics.objective": "diffusion"}),
+    "diffusion_v": Baseline(
+        "plain diffusion forcing, v-prediction",
+        {"dynamics.objective": "diffusion", "dynamics.prediction": "v", "dynamics.loss_space": "v"},
+    ),
+}

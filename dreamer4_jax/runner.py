@@ -38,6 +38,7 @@ from dreamer4_jax.evaluation.rollouts import HeldOut, clip_starts, imagine_clips
 from dreamer4_jax.evaluation.summary import write_report
 from dreamer4_jax.inference import finished_path
 from dreamer4_jax.parallel import processes
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.stages import PHASES, Stages
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.training.metrics import write_atomic
@@ -62,7 +63,7 @@ class Run(Stages):
             held, tokenizer = self.held_out(), self.model("tokenizer")
             models = {"shortcut forcing": self.model("dynamics")}
             if self.config.evaluate.diffusion_baseline:
-                models["diffusion forcing"] = self.model("diffusion")
+                models |= {other.title: self.model(name) for name, other in BASELINES.items()}
             tuned = self.model("agent").dynamics if model_path(self.dir, "agent").is_dir() else None
             networks = perceptual.measures(self.config.tokenizer.perceptual)
             pictures = reconstruction(tokenizer, held, networks)
@@ -227,8 +228,9 @@ class Run(Stages):
         if obstacle:
             self._say(f"agent and imagination are skipped: {obstacle}")
         if self.config.evaluate.diffusion_baseline:
-            self._say("diffusion-forcing baseline")
-            self.train("diffusion")
+            for name, other in BASELINES.items():
+                self._say(f"baseline: {other.title}")
+                self.train(name)
         data = self._evaluate() if processes.is_main() else {}
         processes.barrier("evaluated")
         if self.progress:

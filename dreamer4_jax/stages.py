@@ -23,6 +23,7 @@ from dreamer4_jax.nn.transformer import first_of_segment
 from dreamer4_jax.parallel import MeshSpec, common_divisor, make_mesh, processes
 from dreamer4_jax.parallel.bucket import on_disk
 from dreamer4_jax.parallel.sharding import check_rows
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.training.checkpoint import checksum
 from dreamer4_jax.training.loop import model_path, open_run, run_phase
 from dreamer4_jax.training.metrics import read_ledger, write_atomic
@@ -32,7 +33,12 @@ from dreamer4_jax.world.dynamics import Dynamics
 from dreamer4_jax.world.tokenizer import Tokenizer
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
-NEEDS = {"dynamics": PHASES[:1], "diffusion": PHASES[:1], "agent": PHASES[:2], "imagination": ("tokenizer", "agent")}
+NEEDS = {
+    "dynamics": PHASES[:1],
+    **dict.fromkeys(BASELINES, PHASES[:1]),
+    "agent": PHASES[:2],
+    "imagination": ("tokenizer", "agent"),
+}
 
 
 class Stages:
@@ -175,7 +181,7 @@ class Stages:
                 raise ConfigError(
                     f"variant {name!r}: {field} is none of dynamics.*, train.dynamics.*, data.labelled* and seed"
                 )
-        if name in (*PHASES, "diffusion"):
+        if name in (*PHASES, *BASELINES):
             raise ConfigError(f"variant {name!r}: is a phase of the run itself; choose another name")
         if name not in self._models:
             phase = DynamicsPhase(override(self.config, dict(overrides)), self.tokens(), name=name)
@@ -200,9 +206,8 @@ class Stages:
             return TokenizerPhase(self.config, self.collect())
         if name == "dynamics":
             return DynamicsPhase(self.config, self.tokens())
-        if name == "diffusion":
-            plain = override(self.config, {"dynamics.objective": "diffusion"})
-            return DynamicsPhase(plain, self.tokens(), name="diffusion")
+        if name in BASELINES:
+            return DynamicsPhase(override(self.config, BASELINES[name].fields), self.tokens(), name=name)
         if name == "agent":
             return AgentPhase(self.config, self.tokens(), self.model("dynamics"))
         if name == "imagination":

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from dreamer4_jax.cli import resolve
 from dreamer4_jax.config import Config, ConfigError
+from dreamer4_jax.presets import BASELINES
 from launch.metric import Curve, Metric, MetricError, below_median
 from launch.process import LOG_LINES, Backend, Process, Trial
 from launch.spec import INTERRUPTED, RunSpec
@@ -132,7 +133,7 @@ class Search:
 
 def _steps(config: Config, series: Metric) -> int:
     """Steps of the phase that a series belongs to."""
-    phase = "dynamics" if series.phase == "diffusion" else series.phase
+    phase = "dynamics" if series.phase in BASELINES else series.phase
     if not hasattr(config.train, phase):
         raise ConfigError(f"PRUNE {series.path}: {phase!r} is no phase")
     return getattr(config.train, phase).steps

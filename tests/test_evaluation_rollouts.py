@@ -15,6 +15,7 @@ from dreamer4_jax.envs.symbols import SymbolDecoder
 from dreamer4_jax.evaluation import rollouts
 from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, reconstruction, step_count, to_uint8
 from dreamer4_jax.evaluation.summary import agent_targets, world_model_targets
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.world import Dynamics, Tokenizer
 from tests import small
 from tests.toy_env import COMPONENT, frame_action, frame_step, toy_config, toy_episodes
@@ -227,7 +228,7 @@ def measured(**changed):
         "steps": {
             "models": [
                 {"name": "shortcut forcing", "rows": [row(1, 0.9), row(4, 0.97), row(16, 0.975)]},
-                {"name": "diffusion forcing", "rows": [row(1, 0.5), row(4, 0.9), row(16, 0.97)]},
+                *({"name": b.title, "rows": [row(1, 0.5), row(4, 0.9), row(16, 0.97)]} for b in BASELINES.values()),
             ]
         },
         "conditions": [{"average": row(4, 0.97)}, {"average": row(4, 0.9, 0.2)}],
@@ -240,15 +241,19 @@ def verdicts(targets):
 
 
 def test_targets_of_the_world_model():
-    assert verdicts(world_model_targets(measured())) == [True] * 7
+    assert verdicts(world_model_targets(measured())) == [True] * 8
     bad = measured(reconstruction={"symbol_accuracy": interval(0.98), "psnr": interval(31.9)})
-    assert verdicts(world_model_targets(bad)) == [False, False] + [True] * 5
+    assert verdicts(world_model_targets(bad)) == [False, False] + [True] * 6
     slow = measured()
     slow["steps"]["models"][0]["rows"][1]["symbol_accuracy"] = interval(0.96)  # K = 4 loses 1.5 points to K = 16
-    assert verdicts(world_model_targets(slow)) == [True] * 5 + [False, True]
+    assert verdicts(world_model_targets(slow)) == [True] * 5 + [False, True, True]
     blind = measured()
     blind["conditions"][1] = blind["conditions"][0]  # shuffled actions cost nothing
-    assert verdicts(world_model_targets(blind)) == [True] * 4 + [False, True, True]
+    assert verdicts(world_model_targets(blind)) == [True] * 4 + [False, True, True, True]
+    without = measured()
+    for found in without["steps"]["models"][1:]:  # neither baseline is worse
+        found["rows"] = without["steps"]["models"][0]["rows"]
+    assert verdicts(world_model_targets(without)) == [True] * 6 + [False, False]
 
 
 def test_phase_2_must_not_spoil_the_world_model():
@@ -256,8 +261,8 @@ def test_phase_2_must_not_spoil_the_world_model():
     kept["conditions"].append({"name": rollouts.FINETUNED, "average": kept["conditions"][0]["average"]})
     worse = spoiled["conditions"][0]["average"] | {"changed_accuracy": interval(0.3)}
     spoiled["conditions"].append({"name": rollouts.FINETUNED, "average": worse})
-    assert verdicts(world_model_targets(kept)) == [True] * 8
-    assert verdicts(world_model_targets(spoiled)) == [True] * 6 + [False, True]
+    assert verdicts(world_model_targets(kept)) == [True] * 9
+    assert verdicts(world_model_targets(spoiled)) == [True] * 6 + [False, True, True]
 
 
 def test_targets_where_no_tile_changed_are_not_met_instead_of_a_crash():

@@ -15,6 +15,7 @@ from dreamer4_jax.config import Config, to_dict
 from dreamer4_jax.evaluation import report
 from dreamer4_jax.evaluation.closed_loop import EvalResult, compare
 from dreamer4_jax.evaluation.rollouts import FINETUNED, REPEATED
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.training.metrics import read_ledger
 
 CLONED, IMAGINED = "phase 2 (cloning)", "phase 3 (imagination)"
@@ -102,12 +103,11 @@ def world_model_targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "passed": not _above(at_k["changed_accuracy"], tuned["changed_accuracy"]),
             }
         )
-    plain = models.get("diffusion forcing")
-    if plain:
-        theirs = _row(plain, k)
+    for title in (other.title for other in BASELINES.values() if other.title in models):
+        theirs = _row(models[title], k)
         out.append(
             {
-                "name": f"plain diffusion forcing at K = {k}, same size, data and steps",
+                "name": f"{title} at K = {k}, same size, data and steps",
                 "target": "below shortcut forcing",
                 "value": f"{_percent(theirs['symbol_accuracy'])} against {_percent(at_k['symbol_accuracy'])}",
                 "passed": theirs["symbol_accuracy"]["mean"] < at_k["symbol_accuracy"]["mean"],
@@ -238,7 +238,7 @@ def write_report(
 
 def _cost(config: Config, name: str, seconds: float, ledger: Mapping[str, float] | None) -> dict[str, Any]:
     out: dict[str, Any] = {"name": name, "seconds": seconds}
-    phase = getattr(config.train, "dynamics" if name == "diffusion" else name, None)
+    phase = getattr(config.train, "dynamics" if name in BASELINES else name, None)
     if phase is not None:
         out |= {"steps": phase.steps, "frames_per_second": phase.steps * phase.batch * phase.length / seconds}
     if ledger:
