@@ -1,12 +1,14 @@
 """Step count against accuracy: shortcut forcing, diffusion forcing and the adaptive sampler (paper Fig 8).
 
-    python -m experiments.step_count                # 15 minutes on 2 cores, after `make quickstart`
-    python -m experiments.step_count --size smoke   # about a minute
+    python -m experiments.step_count --run runs/quickstart-full-seed0  # 60 minutes on a core; phases 1 and 2 are there
+    python -m experiments.step_count                # 25 minutes on 2 cores, after `make quickstart`: shorter trainings
+    python -m experiments.step_count --size smoke   # two minutes
 
-Takes runs/quickstart-seed<N>, trains what is not there yet (without any of it: 15 minutes more), and beside it plain
-diffusion forcing of the same size, data and number of steps. Held-out clips are imagined at their true actions with
-K = 1, 2, 4, .., k_max steps a frame, and with as many as each frame asks for (`dreamer4_jax.world.adaptive`). Frechet
-distances compare the clips with others of the same recording, whose number and mutual distance (the floor) are given.
+Takes a run and trains three models beside its shortcut model, of the same size, on the same data and for as many steps:
+diffusion forcing, and both with the network predicting v in place of x, as the paper's baseline does (Table 2, first
+row). Held-out clips are imagined at their true actions with K = 1, 2, 4, .., k_max steps a frame, and with as many as
+each frame asks for (`dreamer4_jax.world.adaptive`). Frechet distances compare the clips with others of the same
+recording, whose number and mutual distance (the floor) are given.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +43,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "laptop": dict(clips=128, tolerances=(0.3, 0.1, 0.03, 0.01), timed=4, starts=128),
     "tpu": dict(clips=512, tolerances=(0.3, 0.1, 0.03, 0.01, 0.003), timed=16, starts=512),
 }
-SHORTCUT, DIFFUSION, ADAPTIVE = "shortcut, fixed K", "diffusion forcing, fixed K", "shortcut, adaptive"
+SHORTCUT, DIFFUSION, ADAPTIVE = "shortcut", "diffusion forcing", "shortcut, adaptive"
+SHORTCUT_V, DIFFUSION_V = "shortcut, v", "diffusion forcing, v"
+V = {"dynamics.prediction": "v", "dynamics.loss_space": "v"}
+LOOKS = {
+    SHORTCUT: (plots.PALETTE[0], "-"),
+    SHORTCUT_V: (plots.PALETTE[0], "--"),
+    DIFFUSION: (plots.PALETTE[1], "-"),
+    DIFFUSION_V: (plots.PALETTE[1], "--"),
+    ADAPTIVE: (plots.PALETTE[2], "-"),
+}
 
 
 @jax.jit
@@ -80,8 +91,9 @@ def quality(run: Run, size: dict[str, Any], track: Callable[..., Any]) -> list[d
         {"seed": seed, "pair": "reconstructed, real", "fvd_efflite0": frechet_interval(rebuilt(held), theirs)},
     ]
     ladder = [2**i for i in range(run.config.dynamics.k_max.bit_length())]
-    samplers = [(SHORTCUT, run.model("dynamics"), fixed, k) for k in ladder]
-    samplers += [(DIFFUSION, run.model("diffusion"), fixed, k) for k in ladder]
+    models = {SHORTCUT: run.model("dynamics"), SHORTCUT_V: run.variant("shortcut_v", V)}
+    models |= {DIFFUSION: run.model("diffusion"), DIFFUSION_V: run.model("diffusion_v")}
+    samplers = [(name, model, fixed, k) for name, model in models.items() for k in ladder]
     samplers += [(ADAPTIVE, run.model("dynamics"), adapted, t) for t in size["tolerances"]]
     for name, model, sample, setting in track(samplers, f"seed {seed}: sampling"):
         argument = jnp.int32(setting) if sample is fixed else jnp.float32(setting)
@@ -157,12 +169,12 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     ]
     for at, across, key, unit in views:
         ends = []
-        for name, colour in zip((SHORTCUT, DIFFUSION, ADAPTIVE), plots.PALETTE, strict=False):
+        for name, (colour, style) in LOOKS.items():
             line = sorted((r for r in rows if r.get("sampler") == name), key=lambda r: value(r[across]))
             x = [value(r[across]) for r in line]
             mean, low, high = (unit * np.array([value(r[key], k) for r in line]) for k in ("mean", "low", "high"))
             ends_of = np.maximum([mean - low, high - mean], 0)
-            at.errorbar(x, mean, yerr=ends_of, color=colour, marker="o", capsize=2.5)
+            at.errorbar(x, mean, yerr=ends_of, color=colour, linestyle=style, marker="o", capsize=2.5)
             ends.append((name, float(mean[-1]), colour))
         at.set_xscale("log", base=2)
         at.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -204,25 +216,28 @@ def finding(rows: list[dict[str, Any]]) -> str:
         a, b = line[few], line[max(line)]
         worse = value(a["changed_accuracy"], "high") < value(b["changed_accuracy"], "low")
         return (
-            f"{name.split(',')[0]} at K = {few} has {text(a['changed_accuracy'], 100)} % of changed tiles right and "
+            f"{name} at K = {few} has {text(a['changed_accuracy'], 100)} % of changed tiles right and "
             f"FVD-EffLite0 {text(a['fvd_efflite0'])}, at K = {max(line)} {text(b['changed_accuracy'], 100)} % and "
             f"{text(b['fvd_efflite0'])} ({'worse with few steps' if worse else 'no worse with few steps'}, by tiles)"
         )
 
     few = min(4, max(r["K"] for r in of(SHORTCUT)))
     floor, rebuilt = (r["fvd_efflite0"] for r in rows if "pair" in r)
-    one = {name: next(r for r in of(name) if r["K"] == 1) for name in (SHORTCUT, DIFFUSION)}
-    apart = value(one[DIFFUSION]["changed_accuracy"], "high") < value(one[SHORTCUT]["changed_accuracy"], "low")
+
+    def verdict(shortcut: str, diffusion: str) -> str:
+        """How the two compare at few steps, by the tiles that change."""
+        a, b = (next(r["changed_accuracy"] for r in of(name) if r["K"] == few) for name in (shortcut, diffusion))
+        if value(a, "low") > value(b, "high"):
+            return "better than diffusion forcing, as in the paper"
+        return "worse than diffusion forcing" if value(a, "high") < value(b, "low") else "no different from it"
+
+    told = [compared(name, few) for name in LOOKS if name != ADAPTIVE]
     parts = [
-        f"With {of(SHORTCUT)[0]['clips']} clips: {compared(SHORTCUT, few)}; {compared(DIFFUSION, few)}.",
+        f"With {of(SHORTCUT)[0]['clips']} clips: {'; '.join(told)}.",
         f"Two sets of real clips are {text(floor)} apart, reconstructed and real ones {text(rebuilt)}.",
-        "With a single step diffusion forcing "
-        + (
-            "is the worse one, as in the paper."
-            if apart
-            else "is not worse by tiles with intervals apart, unlike Fig 8: where the next frame follows from the last "
-            "one and the action, as in most frames here, the mean that one step predicts is the frame itself."
-        ),
+        f"At K = {few} the shortcut model that predicts v is {verdict(SHORTCUT_V, DIFFUSION_V)}, the one that predicts "
+        f"x {verdict(SHORTCUT, DIFFUSION)}: where the next frame follows from the last one and the action, as in most "
+        "frames here, the mean that one step of x-prediction gives is the frame itself.",
     ]
     best = max(of(ADAPTIVE), key=lambda r: value(r["changed_accuracy"]))
     cheaper = [
@@ -252,12 +267,12 @@ def finding(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    call = STUDY.call(__doc__, argv)
+    call = STUDY.call(__doc__, argv, add=lambda p: p.add_argument("--run", help="a run with phases 1 and 2 finished"))
     size, rows = SIZES[call.size], []
     for seed in call.seeds:
-        run = base.trained(call, seed, "tokenizer", "dynamics", "diffusion", "agent")
+        run = base.finished(call, seed)
         rows += quality(run, size, call.track) + returns(run, size["starts"])
-    call.write(rows, finding=finding(rows), figure=draw(rows))
+    call.write(rows, finding=finding(rows), figure=draw(rows), base=run.config.name)
 
 
 if __name__ == "__main__":
