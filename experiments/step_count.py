@@ -26,6 +26,7 @@ from dreamer4_jax.evaluation import bootstrap_ci, plots
 from dreamer4_jax.evaluation.features import clip_features, frechet_interval
 from dreamer4_jax.evaluation.rollouts import HeldOut, to_uint8
 from dreamer4_jax.evaluation.study import Study, entry
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.runner import Run
 from dreamer4_jax.world import Actions, TransitionOracle, adaptive, shortcut
 from experiments import base
@@ -271,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size, rows = SIZES[call.size], []
     for seed in call.seeds:
         run = base.finished(call, seed)
+        for phase in BASELINES:
+            run.train(phase)
         rows += quality(run, size, call.track) + returns(run, size["starts"])
     call.write(rows, finding=finding(rows), figure=draw(rows), base=run.config.name)
 
