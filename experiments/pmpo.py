@@ -45,13 +45,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "AWR, normalised": {"agent.objective": "awr", "agent.normalize_advantage": True},
     "cloning of the best paths": {"agent.objective": "filtered_bc"},
 }
-SWEPT: dict[str, Any] = dict(alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 1.0), scales=(0.1, 10.0))
 # None: what the run's config says, or all; objectives: the first of the list above; swept: seeds of the sweeps.
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(steps=2, episodes=4, seeds=1, swept=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
-    "laptop": dict(steps=100, episodes=400, seeds=None, swept=3, objectives=None, **SWEPT),
-    "tpu": dict(steps=2000, episodes=None, seeds=None, swept=None, objectives=None, **SWEPT),
-}
+    "smoke": dict(steps=2, batch=4, episodes=4, seeds=1, swept=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
+    "laptop": dict(steps=120, batch=16, episodes=400, seeds=None, swept=3, objectives=None,
+                   alphas=(0.1, 0.9), betas=(0.03, 1.0), scales=(0.1, 10.0)),
+    "tpu": dict(steps=2000, batch=None, episodes=None, seeds=None, swept=None, objectives=None,
+                alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0)),
+}  # fmt: skip
 
 
 def cells(size: Mapping[str, Any]) -> list[tuple[str, float, str, dict[str, Any]]]:
@@ -85,12 +86,12 @@ def train_and_play(
 
     Without an objective the policy stays that of phase 2, so nothing is trained; the seed is then that of its draws.
     """
+    size = SIZES[call.size]
     slug = "-".join(f"{k.rsplit('.', 1)[-1]}-{v}" for k, v in changes.items())
     fields: dict[str, Any] = {**changes, "seed": seed, "name": f"pmpo-{call.size}-{slug}"}
-    if SIZES[call.size]["steps"]:
-        fields["train.imagination.steps"] = SIZES[call.size]["steps"]
+    fields |= {f"train.imagination.{k}": size[k] for k in ("steps", "batch") if size[k]}
     if call.size == "smoke":
-        fields |= {"agent.horizon": 2, "train.imagination.batch": 4, "train.imagination.log_every": 1}
+        fields |= {"agent.horizon": 2, "train.imagination.log_every": 1}
     agent = run.model("agent")
     policy, curve = agent.policy, []
     if changes["agent.objective"] != "none":
@@ -101,7 +102,7 @@ def train_and_play(
         WorldModelPolicy(run.model("tokenizer"), agent.dynamics, policy, seed=seed, name=name),
         run.make_env,
         run.config.env.levels,
-        episodes=SIZES[call.size]["episodes"] or e.episodes,
+        episodes=size["episodes"] or e.episodes,
         envs=e.envs,
         seed=run.config.seed + 1_000_003,
     )
