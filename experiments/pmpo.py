@@ -48,7 +48,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 # None: what the run's config says, or all; objectives: the first of the list above; swept: seeds of the sweeps.
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(steps=2, batch=4, episodes=4, seeds=1, swept=1, objectives=3, alphas=(0.25,), betas=(), scales=()),
-    "laptop": dict(steps=120, batch=16, episodes=400, seeds=None, swept=3, objectives=None,
+    "laptop": dict(steps=120, batch=16, episodes=400, seeds=None, swept=1, objectives=None,
                    alphas=(0.1, 0.9), betas=(0.03, 1.0), scales=(0.1, 10.0)),
     "tpu": dict(steps=2000, batch=None, episodes=None, seeds=None, swept=None, objectives=None,
                 alphas=(0.1, 0.25, 0.75, 0.9), betas=(0.03, 0.1, 1.0), scales=(0.1, 10.0)),
