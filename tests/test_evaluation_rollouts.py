@@ -270,7 +270,7 @@ def test_targets_where_no_tile_changed_are_not_met_instead_of_a_crash():
     for rows in (still["steps"]["models"][0]["rows"], [c["average"] for c in still["conditions"]]):
         for row in rows:
             row["changed_accuracy"] = row["repeat_changed_accuracy"] = None
-    assert verdicts(world_model_targets(still)) == [True, True, True, False, False, True, True]
+    assert verdicts(world_model_targets(still)) == [True, True, True, False, False, True, True, True]
 
 
 def test_targets_of_the_agent_want_intervals_apart():
