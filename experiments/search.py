@@ -1,6 +1,6 @@
 """Search while acting against learning while training: what does a decision cost, and what is it worth?
 
-    python -m experiments.search                  # about 90 minutes on 2 cores (estimated), after `make quickstart`
+    python -m experiments.search                  # two hours on a core, after `make quickstart`
     python -m experiments.search --run DIR        # another run with phases 2 and 3
     python -m experiments.search --size smoke     # a few minutes: shows that it runs
 
@@ -181,7 +181,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xscale("log")
         plots.label_ends(axes, ends)
     clock.axvline(REAL_TIME, color=plots.INK, linewidth=0.8, linestyle=":")
-    clock.set_xlabel("ms a decision, one stream (dotted: 20 decisions a second)")
+    clock.set_xlabel("ms a decision (dotted: 20 decisions a second)")
     passes.set_xlabel("network passes a decision")
     ends = []
     for name in names:
