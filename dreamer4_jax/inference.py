@@ -32,10 +32,13 @@ def model_makers(config: Config) -> dict[str, Callable[[Any], Any]]:
     def agent(key: Any) -> Agent:
         return Agent(config, Dynamics(config, key), key)
 
+    def baseline(fields: dict[str, Any], key: Any) -> Dynamics:
+        return Dynamics(override(config, fields), key)
+
     return {
         "tokenizer": lambda key: Tokenizer(config.tokenizer, key),
         "dynamics": lambda key: Dynamics(config, key),
-        **{name: partial(Dynamics, override(config, other.fields)) for name, other in BASELINES.items()},
+        **{name: partial(baseline, other.fields) for name, other in BASELINES.items()},
         "agent": agent,
         "imagination": lambda key: ActorCritic(config, agent(key).policy, key),
     }

@@ -1,6 +1,6 @@
 """Does it matter how the two branches of shortcut forcing share a batch, and whose weights teach?
 
-    python -m experiments.bootstrap_mix                  # about 50 minutes on 2 cores
+    python -m experiments.bootstrap_mix                  # about 70 minutes on a core (estimated)
     python -m experiments.bootstrap_mix --size smoke     # under a minute
     python -m experiments.bootstrap_mix --size tpu       # five seeds, ten times the steps
 

@@ -136,6 +136,8 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     bars.set_xlabel("mean of the seeds (small: each seed)")
     share.set_xlabel("step of phase 3, mean of the seeds")
     plots.label_ends(share, ends)
+    named_ends: dict[Any, list[tuple[str, float, str]]] = {alpha: [], scale: []}
+    swept = next((len(r["rates"]) for r in rows if r["group"] != "objective"), 0)
     at = {"alpha": 0.5, "beta": 0.3, "reward_scale": 1.0}
     for axes, group, name, colour in (
         (alpha, "alpha", "PMPO", plots.PALETTE[1]),
@@ -149,12 +151,12 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
         x, y = [r["value"] for r in found], np.asarray([percent(r) for r in found])
         spread = np.maximum([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0)
         axes.errorbar(x, y[:, 0], yerr=spread, marker="o", capsize=2.5, color=colour)
-        axes.annotate(group if axes is alpha else name, (x[0], y[0, 0]), xytext=(4, 6), textcoords="offset points",
-                      color=colour, fontweight="bold")  # fmt: skip
+        named_ends[axes].append((group if axes is alpha else name, y[-1, 0], colour))
     for axes in (alpha, scale):
         axes.set_xscale("log")
+        plots.label_ends(axes, named_ends[axes])
         axes.axhline(percent(cloned)[0], color=plots.PALETTE[0], linewidth=1, linestyle="--")
-        axes.set_xlabel("value (dashed: no RL)")
+        axes.set_xlabel(f"value (dashed: no RL); seeds: {swept}, in the middle {len(cloned['rates'])}")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Search while acting against learning while training: what does a decision cost, and what is it worth?
 
-    python -m experiments.search                  # two hours on a core, after `make quickstart`
-    python -m experiments.search --run DIR        # another run with phases 2 and 3
+    python -m experiments.search --run runs/quickstart-full-seed0  # two hours on a core; its phases 1 and 2 are there
+    python -m experiments.search                  # from phase 2 of `make quickstart`, which knows less of rewards
     python -m experiments.search --size smoke     # a few minutes: shows that it runs
 
 One frozen world model. Its policies, after phase 2 and after phase 3 (amortised), act at once; best of N, the
@@ -161,12 +161,42 @@ def cells(call: Call, run: Run, seed: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def best(rows: Sequence[Mapping[str, Any]], limit: float = np.inf) -> Mapping[str, Any] | None:
+    """The search in the world model with most success among those that decide in `limit` milliseconds, if any does."""
+    found = [r for r in rows if r["budget"] and "real" not in r["name"] and r["milliseconds"]["p50"] <= limit]
+    return max(found, key=lambda r: r["success"][0], default=None)
+
+
+def totals(axes: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    """Training and deciding together against decisions: where two lines cross, the dearer training has paid off."""
+    shown = [next(r for r in rows if r["name"] == "phase 3"), best(rows, REAL_TIME), best(rows)]
+    count, ends = np.logspace(2, 6, 50), []
+    for row in {id(r): r for r in shown if r}.values():
+        colour = colours[row["name"]]
+        hours = (row["training_seconds"] + count * row["milliseconds"]["p50"] / 1000) / 3600
+        axes.plot(count, hours, color=colour)
+        name = f"{row['name']} of {row['budget']}" if row["budget"] else row["name"]
+        ends.append((f"{name}: {100 * row['success'][0]:.0f} %", float(hours[-1]), colour))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("decisions of one stream")
+    plots.label_ends(axes, ends)
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    figure, (clock, passes, gap) = plots.panels(
-        ["Success (%) against time", "Success (%) against network passes", "Imagined minus real return"], 4.6, 3.6
+    figure, (clock, passes, gap, total) = plots.panels(
+        [
+            "Success (%) against time",
+            "Success (%) against network passes",
+            "Imagined minus real return",
+            "Hours to train and decide",
+        ],
+        4.6,
+        3.6,
     )
     names = list(dict.fromkeys(r["name"] for r in rows))
     colours = dict(zip(names, (*plots.PALETTE, "#555555"), strict=False))
+    totals(total, rows, colours)
     for axes, x in ((clock, lambda r: r["milliseconds"]["p50"]), (passes, lambda r: r["passes"])):
         ends = []
         for name in names:
@@ -204,12 +234,16 @@ def describe(rows: Sequence[Mapping[str, Any]]) -> str:
         mean, low, high = (100 * x for x in r["success"])
         return f"{r['name']}{budget} {mean:.1f} % [{low:.1f}, {high:.1f}] at {r['milliseconds']['p50']:.3g} ms"
 
-    own = [r for r in rows if "real" not in r["name"]]
-    fast = [r for r in own if r["milliseconds"]["p50"] <= REAL_TIME]
-    top = lambda found: max(found, key=lambda r: r["success"][0])
+    fast, top = best(rows, REAL_TIME), best(rows)
+    assert top is not None
+    learned = next(r for r in rows if r["name"] == "phase 3")
+    even = lambda r: f"{r['break_even']:,.0f}" if r["break_even"] else "no number of"
     return (
-        (f"Best within {REAL_TIME:.0f} ms: {text(top(fast))}. " if fast else "Nothing decides within 50 ms. ")
-        + f"Best without a limit: {text(top(own))}. All: "
+        f"Acting by what was learned: {text(learned)}. "
+        + (f"Best search within {REAL_TIME:.0f} ms: {text(fast)}. " if fast else "No search decides within 50 ms. ")
+        + f"Best search without a limit: {text(top)}. Phase 3 took {learned['training_seconds']:.0f} s to train, the "
+        f"value that the searches use {top['training_seconds']:.0f} s; without the latter, training phase 3 costs what "
+        f"{even(fast or top)} decisions of the first of them cost more, and {even(top)} of the second. All: "
         + "; ".join(map(text, rows))
         + "."
     )

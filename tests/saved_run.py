@@ -10,6 +10,7 @@ from dreamer4_jax.training.loop import model_path, open_run
 from tests.small import drawn
 from tests.toy_env import toy_config, write_toy_dataset
 
+SEEDS = {"tokenizer": 0, "agent": 3, "imagination": 4}
 STACK = dict(layers=2, time_every=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, window=3)
 
 
@@ -37,7 +38,8 @@ def small_run_config(**overrides: Any) -> Config:
 
 def world(config: Config, *, actor: bool = True) -> World:
     """The models of `write_run`."""
-    made = {name: drawn(make, i) for i, (name, make) in enumerate(model_makers(config).items())}
+    makers = model_makers(config)
+    made = {name: drawn(makers[name], seed) for name, seed in SEEDS.items()}
     return World(config, made["tokenizer"], made["agent"], made["imagination"] if actor else None)
 
 

@@ -1,5 +1,6 @@
 """An experiment from recording to report, at the smallest size that goes through every stage."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from dreamer4_jax import runner
 from dreamer4_jax.agent import model as agent_model
-from dreamer4_jax.config import Config, UserError, preset
+from dreamer4_jax.config import Config, UserError, override, preset
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.evaluation import rollouts
+from dreamer4_jax.inference import load_phase
+from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.runner import Run
 from dreamer4_jax.stages import NEEDS, PHASES
 from dreamer4_jax.training import CheckpointError, loop, read_metrics, state
@@ -251,3 +254,19 @@ def test_the_checksum_is_of_every_weight():
     renamed = {"a": np.arange(4.0), "c": np.zeros(2)}
     assert checksum(tree) == checksum(jax.tree.map(np.array, tree))
     assert len({checksum(t) for t in (tree, moved, renamed)}) == 3
+
+
+def test_baselines_are_trained_beside_the_run_and_measured_with_it(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    run = Run.reopen(tmp_path / "run")
+    predicted = {"diffusion": ("x", "x"), "diffusion_v": ("v", "v")}
+    assert set(BASELINES) == set(predicted)
+    for name, (prediction, loss_space) in predicted.items():
+        model = run.train(name)
+        fields = {"objective": "diffusion", "prediction": prediction, "loss_space": loss_space}
+        assert model.cfg.dynamics == dataclasses.replace(run.config.dynamics, **fields)
+        assert checksum(load_phase(run.dir, run.config, name)) == checksum(model)
+    run.config = override(run.config, {"evaluate.diffusion_baseline": True})
+    measured = [m["name"] for m in run.evaluate_world_model()["steps"]["models"]]
+    assert measured == ["shortcut forcing", *(b.title for b in BASELINES.values())]
