@@ -1,6 +1,6 @@
 """How much of the video needs actions before a world model can be steered (paper 4.3 and Fig 7)?
 
-    python -m experiments.label_efficiency                       # about 40 minutes on one core: three seeds
+    python -m experiments.label_efficiency                       # about two hours on one core: three seeds
     python -m experiments.label_efficiency --size smoke          # some minutes; the first time procgen is installed
     python -m experiments.label_efficiency --data data/coinrun   # on a dataset that is there
 
@@ -62,8 +62,8 @@ FIELDS: dict[str, Any] = {
     "dynamics.registers": 5,
     "dynamics.condition_spatial": True,
     "dynamics.input_floor": 0.1,
-    "train.tokenizer": {"steps": 600, "batch": 16, "length": 1, "lr": 3e-3},
-    "train.dynamics": {"steps": 500, "batch": 6, "length": 12, "lr": 6e-3, "optimizer": "muon", "warmup": 20,
+    "train.tokenizer": {"steps": 1500, "batch": 16, "length": 1, "lr": 3e-3},
+    "train.dynamics": {"steps": 2500, "batch": 6, "length": 12, "lr": 6e-3, "optimizer": "muon", "warmup": 20,
                        "ema": 0.99, "decay": 0.4},
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {

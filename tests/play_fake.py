@@ -9,7 +9,7 @@ from dreamer4_jax.play import protocol
 from dreamer4_jax.play.catalogue import Catalogue, Start
 from dreamer4_jax.play.controls import Controls, controls
 from dreamer4_jax.play.engine import Engine
-from dreamer4_jax.play.session import Move, View
+from dreamer4_jax.play.view import Move, View
 from tests.toy_env import ACTIONS, ShowAction, toy_config
 
 LEVEL = "toy"

@@ -11,7 +11,7 @@ from dreamer4_jax.play import command
 from dreamer4_jax.play import protocol as p
 from dreamer4_jax.play import world as play_world
 from dreamer4_jax.play.catalogue import Start
-from dreamer4_jax.play.session import Move
+from dreamer4_jax.play.view import Move
 from dreamer4_jax.play.world import PlayWorld, compare_frames
 from dreamer4_jax.world import Dynamics, Tokenizer
 from dreamer4_jax.world import streams as world_streams

@@ -253,6 +253,34 @@ def test_oracle_steps_are_denoise_and_observe(model):
     assert np.abs(other.h - transition.h)[0].max() > 1e-4 and np.array_equal(other.h[1], transition.h[1])
 
 
+def test_thousands_of_streams_are_one_program_and_vmap_is_the_same_oracle():
+    """4,096 streams as 64 groups of 64, vmapped under one jit; each group is what it is alone, and all are distinct."""
+    groups, each = 64, 64
+    net = dict(layers=2, time_every=2, width=8, heads=1, kv_heads=1, head_dim=8, ffn=8, window=2)
+    tiny = drawn(lambda key: Dynamics(config(**{"dynamics.transformer": net, "dynamics.registers": 0}), key))
+    oracle = TransitionOracle(None, tiny, Reads(0), Reads(1), steps=2)
+
+    def roll(z, actions, task, move, key):
+        state = oracle.reset(z, actions, task, key)
+        return oracle.step(state, move, key)[1]
+
+    count = groups * each
+    of_streams = (
+        latents(count, 2),
+        moves(count, 2),
+        jnp.ones((count, 2), jnp.int32),
+        {"move": jnp.arange(count) % 3},
+    )
+    split = jax.tree.map(lambda x: x.reshape(groups, each, *x.shape[1:]), of_streams)
+    keys = jax.random.split(jax.random.key(1), groups)
+    many, alone = jax.jit(jax.vmap(roll))(*split, keys), jax.jit(roll)
+    assert len(np.unique(np.asarray(many.z[..., 0, 0]))) == count
+    for i in (0, 17, groups - 1):
+        one = alone(*jax.tree.map(lambda x, i=i: x[i], split), keys[i])
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+            np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-5)
+
+
 def test_oracle_without_tokenizer_says_so(model):
     with pytest.raises(ValueError, match="without a tokenizer"):
         TransitionOracle(None, model, Reads(0), Reads(1)).decode(latents(1, 1))

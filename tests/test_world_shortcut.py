@@ -238,6 +238,23 @@ def test_bootstrap_rows():
     assert rows(5, objective="diffusion") == []
 
 
+@pytest.mark.parametrize(
+    "count,total,groups,expected",
+    [
+        (4, 16, 1, range(0, 16, 4)),  # alone: no row more than is needed
+        (4, 16, 4, range(0, 16, 4)),  # one each
+        (8, 64, 16, range(0, 64, 4)),  # the agent phase, half of whose rows carry the loss: one each instead of eight
+        (16, 64, 64, range(64)),  # a row each: everybody's own instead of sixteen
+        (1, 4, 2, range(0, 4, 2)),
+        (2, 7, 3, range(0, 6, 3)),  # rows that the groups cannot share at all
+    ],
+)
+def test_the_teacher_computes_rows_that_can_be_divided(count, total, groups, expected):
+    stride = 4 if total != 7 else 3
+    found = shortcut.teacher_rows(range(0, count * stride, stride), total, groups)
+    assert found == expected and set(range(0, count * stride, stride)) <= set(found)
+
+
 @pytest.mark.parametrize("batch, rows", [(16, 16), (7, 7), (16, 8), (7, 3)])
 def test_the_target_of_a_bootstrap_row_is_its_own(batch, rows):
     """Whatever the stride: rows are picked for the teacher and its answers go back to the same rows."""

@@ -94,6 +94,10 @@ class Study:
         from dreamer4_jax.parallel import start
 
         start()
+        if args.size == "smoke":  # most of it is compiling, and nothing of it is measured
+            import jax
+
+            jax.config.update("jax_disable_most_optimizations", True)
         # The committed results are those of the laptop size; others lie elsewhere unless --out says so.
         default = {"smoke": args.runs / "smoke" / self.name, "laptop": RESULTS / self.name}
         out = args.out or default.get(args.size, RESULTS / f"{self.name}-{args.size}")

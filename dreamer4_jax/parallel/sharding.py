@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dreamer4_jax.config import ConfigError
@@ -47,7 +47,7 @@ class Rules:
     )
     min_size: int = 2**18
 
-    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+    def shardings(self, tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         """The tree of shardings of a model, or of anything that holds its parameters: optimiser state, EMA, gradients.
 
         Leaves that are no parameter (counters, keys) are held by every device.
@@ -59,7 +59,7 @@ class Rules:
 
         return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
-    def _parameter(self, leaf: Any, axes: tuple[str | None, ...] | None, mesh: Mesh) -> PartitionSpec:
+    def _parameter(self, leaf: Any, axes: tuple[str | None, ...] | None, mesh: Any) -> PartitionSpec:
         if axes is None or leaf.ndim < len(axes) or math.prod(leaf.shape) < self.min_size:
             return PartitionSpec()
         stacked: tuple[str | None, ...] = (None,) * (leaf.ndim - len(axes))  # layers, in front and without a name
@@ -95,9 +95,15 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, cache)
 
 
+def batch_groups(mesh: Any = None) -> int:
+    """Groups of devices among which the rows of a batch are divided, on `mesh` or the one that is set; 1 without."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
     """Raises `ConfigError` if a batch of `rows` cannot be divided among the devices of `mesh`."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    parts = batch_groups(mesh)
     if rows % parts:
         raise ConfigError(f"{name} = {rows}: cannot be divided among {parts} devices (mesh axes {' x '.join(BATCH)})")
 
@@ -106,6 +112,20 @@ def platform() -> str:
     """What is compiled for, "cpu", "gpu" or "tpu": the devices of the mesh that is set, else this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def gathered(model: Any, rules: Rules | None = None) -> Any:
+    """A model whose parameters every device holds whole, but for what is over the model axis; as it is without a mesh.
+
+    For a loop over frozen weights: they are gathered once in front of it instead of in every pass.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return model
+    table = (rules or Rules()).parameters
+    kept = {name: tuple(axis for axis in axes if axis == "model") for name, axes in table.items()}
+    specs = jax.tree.map(lambda s: s.spec, Rules(kept).shardings(model, mesh))
+    return jax.tree.map(jax.lax.with_sharding_constraint, model, specs)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

@@ -22,7 +22,8 @@ from dreamer4_jax.play import protocol
 from dreamer4_jax.play.catalogue import Catalogue
 from dreamer4_jax.play.controls import Controls
 from dreamer4_jax.play.protocol import Message, ProtocolError
-from dreamer4_jax.play.session import Move, Session, Sink, View
+from dreamer4_jax.play.session import Session
+from dreamer4_jax.play.view import Move, Sink, View
 
 log = logging.getLogger("dreamer4.play")
 WAITING = 8  # clients that may wait for a slot

@@ -17,7 +17,7 @@ from dreamer4_jax.evaluation.metrics import psnr
 from dreamer4_jax.evaluation.worldmodel import PSNR_CAP
 from dreamer4_jax.inference import load_phase, load_world, read_config
 from dreamer4_jax.play.catalogue import Start
-from dreamer4_jax.play.session import Move, View
+from dreamer4_jax.play.view import Move, View
 from dreamer4_jax.training.loop import model_path
 from dreamer4_jax.world import adaptive
 from dreamer4_jax.world.dynamics import Dynamics

@@ -5,8 +5,6 @@ schedule. So a run that was interrupted and resumed is bit for bit the run that 
 """
 
 import json
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,25 +29,12 @@ from dreamer4_jax.training.checkpoint import (
     load_model,
     save_model,
 )
+from dreamer4_jax.training.interruption import Interrupted, Stop
 from dreamer4_jax.training.metrics import EVAL, TIME, Ledger, MetricsWriter, NoWriter, ProgressBar, write_atomic
 from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.state import Batch, Metrics, Phase, TrainState, abstract_state, init_state, make_train_step
 
 MAX_SHAPES = 2  # short and long batches; each shape compiles its own step
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; the finished step was saved, and running again with resume goes on exactly there.
-
-    The process should exit with `exit_code`: 42 is a code that TPU job controllers retry (xpk restarts on 42 and on
-    codes from 127 up, and gives up on others).
-    """
-
-    exit_code = 42
-
-    def __init__(self, phase: str, step: int, checkpoint: Path):
-        super().__init__(f"{phase}: interrupted after step {step}; saved to {checkpoint}; run again with --resume")
-        self.phase, self.step, self.checkpoint = phase, step, checkpoint
 
 
 class DivergenceError(UserError):
@@ -113,43 +98,6 @@ def _open_run(run_dir: str | Path, config: Config, resume: bool) -> Path:
     if not resume:
         raise UserError(f"run directory {path}: holds a run already; add --resume to go on with it, or choose another")
     return path
-
-
-class _Stop:
-    """A context in which the first SIGTERM or Ctrl-C is a request, and the second ends the process at once.
-
-    Python takes signals in the main thread alone; elsewhere nothing is ever requested.
-    """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._raise: Interrupted | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._first) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
-
-    def _first(self, *_: object) -> None:
-        self.requested = True
-        for number in self._SIGNALS:
-            # The system's own handler works even while Python is busy inside a long compilation.
-            signal.signal(number, signal.SIG_DFL)
-        if self._raise:
-            raise self._raise
-
-    def from_now(self, error: Interrupted) -> None:
-        """Raises `error` if a stop was requested, or as soon as it is: everything worth keeping is saved."""
-        self._raise = error
-        if self.requested:
-            raise error
 
 
 def _signature(batch: Batch) -> tuple:
@@ -317,13 +265,13 @@ def run_phase(
         return PhaseResult(ema, meta["step"], run.ledger.total, True, meta["evaluation"])
     last = min(phase.config.steps, stop_after if stop_after is not None else phase.config.steps)
     try:
-        with _Stop() as stop, run.checkpoints:
+        with Stop() as stop, run.checkpoints:
             return _train(run, at, last, stop, progress)
     finally:
         run.save_ledger()
 
 
-def _train(run: _Run, at: int | None, last: int, stop: _Stop, progress: bool) -> PhaseResult:
+def _train(run: _Run, at: int | None, last: int, stop: Stop, progress: bool) -> PhaseResult:
     """Steps `at` to `last`. The metrics of a step are read while the next one is being computed."""
     phase, cfg, ledger, done = run.phase, run.cfg, run.ledger, at or 0
     # A phase that only lacks its evaluation has no next batch, but the structure of one is needed to restore it.

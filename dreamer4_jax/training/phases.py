@@ -18,12 +18,14 @@ from dreamer4_jax.data.labels import labels_of
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.store import Dataset
 from dreamer4_jax.nn.transformer import first_of_segment
+from dreamer4_jax.parallel.sharding import gathered
 from dreamer4_jax.training.checkpoint import checksum
 from dreamer4_jax.training.state import ALONE, Part
 from dreamer4_jax.world import perceptual
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 from dreamer4_jax.world.oracle import TransitionOracle
 from dreamer4_jax.world.perceptual import Distance
+from dreamer4_jax.world.precision import cast_once
 from dreamer4_jax.world.shortcut import shortcut_forward
 from dreamer4_jax.world.tokenizer import Tokenizer, tokenizer_loss
 
@@ -237,7 +239,9 @@ class ImaginationPhase:
     def loss(self, model: ActorCritic, ema: Any, frozen: Any, batch: dict[str, Any], key: Array):
         cfg = self.full.agent
         cut, roll = jax.random.split(key)
-        oracle = TransitionOracle(None, frozen["dynamics"], frozen["reward"], frozen["cont"], steps=cfg.sample_steps)
+        # Frozen weights are cast and gathered once, in front of the rollout: on a pod each pass would gather them anew.
+        dynamics = gathered(cast_once(frozen["dynamics"]))
+        oracle = TransitionOracle(None, dynamics, frozen["reward"], frozen["cont"], steps=cfg.sample_steps)
         context, alive = cut_contexts(cut, batch, cfg.context)
         # PPO's proximal policy is the EMA: one step is made on a rollout, and to the trained policy all ratios are 1.
         behaviour = ema.policy if cfg.objective == "ppo" else model.policy

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreamer4_jax.config import DynamicsConfig
 from dreamer4_jax.nn.cache import Cache
-from dreamer4_jax.parallel.sharding import constrain
+from dreamer4_jax.parallel.sharding import batch_groups, constrain
 from dreamer4_jax.world.dynamics import Actions, Dynamics
 
 
@@ -94,6 +94,18 @@ def bootstrap_rows(cfg: DynamicsConfig, rows: int) -> range:
     return range(0, count * stride, stride)
 
 
+def teacher_rows(boot: range, total: int, groups: int) -> range:
+    """The rows that the teacher computes: those on the bootstrap branch and, where these cannot be divided among
+    `groups` of devices, more of the batch's `total` rows, so that each group computes as many and none of another's."""
+    if len(boot) % groups:
+        for step in range(boot.step, 0, -1):
+            more = range(0, total, step)
+            even = not (boot.step % step or total % step or len(more) % groups)
+            if even and len(more) // groups <= len(boot):
+                return more
+    return boot
+
+
 def _rows_of(x: Array, rows: range) -> Array:
     """The rows `rows` of x [B, ...], over the devices as a batch is."""
     if x.shape[0] % rows.step == 0:
@@ -144,8 +156,9 @@ def shortcut_forward(
     # Online weights as teacher: stopped here, the program keeps none of the teacher's activations for a gradient.
     teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
     if boot:
+        taught = teacher_rows(boot, z1.shape[0], batch_groups())
         z_b, tau_b, d_b, actions_b, segments_b, flow_b = jax.tree.map(
-            lambda x: _rows_of(x, boot), (z, tau, d, actions, segments, flow)
+            lambda x: _rows_of(x, taught), (z, tau, d, actions, segments, flow)
         )
 
         def f(half_z, half_tau, half_d):
@@ -161,7 +174,7 @@ def shortcut_forward(
         with jax.named_scope("teacher"):
             goal = bootstrap_target(f, z_b, tau_b, d_b)
         apart = bootstrap[:, None] & ~flow
-        target = jnp.where(apart[..., None, None], _spread_rows(goal, boot, z1.shape[0]), z1)
+        target = jnp.where(apart[..., None, None], _spread_rows(goal, taught, z1.shape[0]), z1)
     error = jnp.mean((out.z1 - jax.lax.stop_gradient(target)) ** 2, axis=(-2, -1))[:rows]
     tau, flow = tau[:rows], flow[:rows]
     if cfg.loss_space == "v":  # v = (z1 - z~) / (1 - tau) of prediction and target

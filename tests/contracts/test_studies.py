@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jax
 import pytest
 
 from dreamer4_jax.evaluation.study import SIZES, load, studies
@@ -27,9 +28,22 @@ def test_committed_results_are_of_a_study_that_asks_the_same(tree):
     assert (tree["directory"] / tree["figure"]).exists()
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What the studies share: the smoke size's tokenizer, dynamics and agent are trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def same_compiler():
+    """The smoke size tells the compiler to do without most optimisations; other tests get them back."""
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", studies())
-def test_the_smoke_size_runs(name, tmp_path):
-    module(name).main(["--size", "smoke", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
+def test_the_smoke_size_runs(name, tmp_path, runs, same_compiler):
+    module(name).main(["--size", "smoke", "--out", str(tmp_path / "out"), "--runs", str(runs)])
     tree = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert tree["rows"] and tree["finding"] and (tmp_path / "out" / tree["figure"]).exists()
