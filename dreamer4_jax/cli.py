@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dreamer4: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        # training.loop.Interrupted, without importing jax for a mere --help.
+        # training.Interrupted, without importing jax for a mere --help.
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

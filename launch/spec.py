@@ -7,7 +7,7 @@ from dreamer4_jax.config import ConfigError
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
-INTERRUPTED = 42  # exit code of a run that saved and stopped (training.loop.Interrupted)
+INTERRUPTED = 42  # exit code of a run that saved and stopped (training.Interrupted)
 
 
 def retryable(code: int) -> bool:

@@ -31,6 +31,12 @@ def test_a_call_writes_its_command_seeds_machine_and_rows(tmp_path):
     assert (path.parent / tree["figure"]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_log_gets_a_line_for_each_item(tmp_path, capsys):
+    throw(["--out", str(tmp_path / "coin")])
+    told = capsys.readouterr().err
+    assert "coin: 1 of 2 in 0.0 minutes, about 0.0 to go" in told and "coin: 2 of 2" in told
+
+
 def test_only_the_laptop_size_writes_into_the_committed_results():
     outs = {size: STUDY.call("doc", ["--size", size]).out.as_posix() for size in ("smoke", "laptop", "tpu")}
     assert outs == {

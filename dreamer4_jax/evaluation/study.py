@@ -123,9 +123,17 @@ class Call:
         self.console.print(f"[bold]{text}[/bold]", highlight=False)
 
     def track(self, items: Iterable[Item], text: str = "") -> Iterator[Item]:
-        """The items, behind a progress bar."""
-        done = list(items)
-        yield from track(done, text or self.study.name, console=self.console)
+        """The items, behind a progress bar; in a log, a line for each."""
+        done, text = list(items), text or self.study.name
+        if self.console.is_terminal:
+            yield from track(done, text, console=self.console)
+            return
+        began = time.perf_counter()
+        for i, item in enumerate(done, 1):
+            yield item
+            spent = (time.perf_counter() - began) / 60
+            left = spent / i * (len(done) - i)
+            self.say(f"{text}: {i} of {len(done)} in {spent:.1f} minutes, about {left:.1f} to go")
 
     def run(self, config: Config, *phases: str) -> "Run":
         """The run of a config, in a directory of its own under --runs, with `phases` trained or found finished."""

@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import jax
 import pytest
 
 from dreamer4_jax.evaluation.study import SIZES, load, studies
@@ -34,16 +33,9 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture
-def same_compiler():
-    """The smoke size tells the compiler to do without most optimisations; other tests get them back."""
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", studies())
-def test_the_smoke_size_runs(name, tmp_path, runs, same_compiler):
+def test_the_smoke_size_runs(name, tmp_path, runs):
     module(name).main(["--size", "smoke", "--out", str(tmp_path / "out"), "--runs", str(runs)])
     tree = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert tree["rows"] and tree["finding"] and (tmp_path / "out" / tree["figure"]).exists()
