@@ -2,7 +2,7 @@
 
     python -m experiments.bootstrap_mix                  # about 70 minutes on a core (estimated)
     python -m experiments.bootstrap_mix --size smoke     # under a minute
-    python -m experiments.bootstrap_mix --size tpu       # five seeds, ten times the steps
+    python -m experiments.bootstrap_mix --size tpu       # seven times the steps, eight times the rows
 
 The paper draws (tau, d) for every frame (Eq 4) and writes the network itself, with a stop-gradient, as the teacher of
 the bootstrap term. This library splits by rows (a quarter of them bootstraps, so the teacher computes a quarter of the

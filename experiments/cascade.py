@@ -1,8 +1,8 @@
 """The design cascade of paper Table 2 on small open data: what each step from diffusion forcing to Dreamer 4 brings.
 
-    python -m experiments.cascade                  # about 100 minutes on 2 cores
+    python -m experiments.cascade                  # about three hours on a core (estimated)
     python -m experiments.cascade --size smoke     # about a minute
-    python -m experiments.cascade --size tpu       # five seeds, ten times the compute
+    python -m experiments.cascade --size tpu       # fifteen times the compute
 
 Each row adds one choice to the row above it. The paper trains every row for the same 48 hours; here every row gets the
 same number of matrix-product FLOPs, which is the same time up to how well a machine runs them, and repeatable. Data and
@@ -47,7 +47,7 @@ STEPS: tuple[tuple[str, dict[str, Any], tuple[float, float, float]], ...] = (
     ("ramp weight", {"dynamics.ramp": "both"}, (102, 9.8, 9.1)),
     (
         "alternating lengths",
-        {"train.dynamics.batch": 12, "train.dynamics.length": 8, "train.dynamics.long_length": 24},
+        {"train.dynamics.batch": 24, "train.dynamics.length": 4, "train.dynamics.long_length": 12},
         (80, 1.5, 9.1),
     ),
     ("time every 4th layer", {f"{NET}time_every": 4}, (70, 0.6, 18.9)),
@@ -65,8 +65,9 @@ FIRST: dict[str, Any] = {
     "dynamics.registers": 0,
     f"{NET}time_every": 1,
     f"{NET}time_factorised": False,
-    "train.dynamics.batch": 4,  # as many frames a step as with short rows: long batches have four rows again
-    "train.dynamics.length": 24,
+    f"{NET}window": 12,
+    "train.dynamics.batch": 8,  # as many frames a step as with short rows: long batches have eight rows again
+    "train.dynamics.length": 12,
     "train.dynamics.long_length": 0,
     "train.dynamics.long_every": 4,
     "pack": 4,
@@ -74,7 +75,7 @@ FIRST: dict[str, Any] = {
 # `steps` of the last row; what they cost is every row's budget.
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": dict(steps=8, clips=20, repeats=1, only=(0, 1, 2, 6, 12)),
-    "laptop": dict(steps=450, clips=128, repeats=3, only=range(len(STEPS))),
+    "laptop": dict(steps=300, clips=128, repeats=3, only=range(len(STEPS))),
     "tpu": dict(steps=4500, clips=512, repeats=10, only=range(len(STEPS))),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dreamer4_jax.config import UserError
 from dreamer4_jax.evaluation import plots, study_page, wilson_ci
 from dreamer4_jax.evaluation.study import Study, entry, load
+from dreamer4_jax.training import Interrupted
 
 STUDY = Study("coin", "Is the <coin> fair?", "heads in half of the throws", seeds=(0, 1))
 
@@ -35,6 +37,16 @@ def test_a_log_gets_a_line_for_each_item(tmp_path, capsys):
     throw(["--out", str(tmp_path / "coin")])
     told = capsys.readouterr().err
     assert "coin: 1 of 2 in 0.0 minutes, about 0.0 to go" in told and "coin: 2 of 2" in told
+
+
+def test_an_interrupted_study_says_so_and_can_be_retried(capsys):
+    def main():
+        raise Interrupted("dynamics", 7, Path("runs/mine/7"))
+
+    with pytest.raises(SystemExit) as stopped:
+        entry(main)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 42 and "saved to runs/mine/7; the same command goes on" in told
 
 
 def test_only_the_laptop_size_writes_into_the_committed_results():

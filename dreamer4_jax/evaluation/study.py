@@ -210,12 +210,18 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def entry(main: Callable[[], Any]) -> None:
-    """Runs an experiment's `main`; what the user can mend ends with one message and exit code 2."""
+    """Runs an experiment's `main`; what the user can mend ends with one message and exit code 2. Interrupted while it
+    trains, it has saved, ends with the code of `training.Interrupted`, and the same command goes on there."""
+    from dreamer4_jax.training import Interrupted
+
     try:
         main()
     except UserError as error:
         print(f"dreamer4: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as error:
+        print(f"dreamer4: {str(error).rpartition(';')[0]}; the same command goes on from there", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
 
 
 def studies() -> list[str]:
