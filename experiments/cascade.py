@@ -9,6 +9,7 @@ same number of matrix-product FLOPs, which is the same time up to how well a mac
 tokenizer are the quickstart's: one tokenizer for each number of tokens, since tokens are latents packed by 4, 2 or 1.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,7 +118,7 @@ def frames_per_second(model: Any, held: HeldOut, k: int, repeats: int) -> float:
 
 def measure(call: Call, seed: int) -> list[dict[str, Any]]:
     """All rows of one seed."""
-    size, out = SIZES[call.size], []
+    size = SIZES[call.size]
     runs = {pack: run_for(call, seed, pack) for pack in (4, 2, 1)}
     config = runs[1].config
     heads, few, k_max = config.dynamics.transformer.heads, min(4, config.dynamics.k_max), config.dynamics.k_max
@@ -129,35 +130,42 @@ def measure(call: Call, seed: int) -> list[dict[str, Any]]:
         return run, fields, step_flops(run, override(run.config, fields))
 
     budget = size["steps"] * variant(steps[-1][1])[2]
-    for name, fields in call.track(steps, f"seed {seed}"):
+
+    def row(name: str, fields: dict[str, Any]) -> dict[str, Any]:
         run, fields, cost = variant(fields)
         count = max(8, round(budget / cost))
         warmup = min(run.config.train.dynamics.warmup, count)
         fields |= {"train.dynamics.steps": count, "train.dynamics.warmup": warmup}
         k = k_max if name == STEPS[0][0] else few
         label = STEPS[0][0] if name == STEPS[1][0] else name  # both sample the same model
-        slug = "cascade-" + "".join(c if c.isalnum() else "-" for c in label)
+        slug = f"cascade-{slug_of(label)}"
         model = run.variant(slug, fields)
         both = base.held_out(run, 2 * size["clips"])
         held, others = (base.part(both, rows) for rows in (slice(size["clips"]), slice(size["clips"], None)))
         video = imagine_clips(model, run.model("tokenizer"), held, k, seed)
         theirs = clip_features(others.frames[:, others.context :])
         average = held.score(video).summary(())["average"]
-        out.append(
-            {
-                "seed": seed,
-                "step": name,
-                "K": k,
-                "fvd_efflite0": frechet_interval(clip_features(to_uint8(video)), theirs),
-                "floor": frechet_interval(clip_features(held.frames[:, held.context :]), theirs),
-                **{key: average[key] for key in ("psnr", "symbol_accuracy", "changed_accuracy")},
-                "training_steps": count,
-                "seconds_per_step": read_ledger(run.dir)[slug]["train"] / (count - 1),  # the first one compiles
-                "frames_per_second": frames_per_second(model, held, k, size["repeats"]),
-                "clips": size["clips"],
-            }
-        )
-    return out
+        return {
+            "seed": seed,
+            "step": name,
+            "K": k,
+            "fvd_efflite0": frechet_interval(clip_features(to_uint8(video)), theirs),
+            "floor": frechet_interval(clip_features(held.frames[:, held.context :]), theirs),
+            **{key: average[key] for key in ("psnr", "symbol_accuracy", "changed_accuracy")},
+            "training_steps": count,
+            "seconds_per_step": read_ledger(run.dir)[slug]["train"] / (count - 1),  # the first one compiles
+            "frames_per_second": frames_per_second(model, held, k, size["repeats"]),
+            "clips": size["clips"],
+        }
+
+    return [
+        call.kept(f"seed{seed}-{slug_of(name)}", partial(row, name, fields))
+        for name, fields in call.track(steps, f"seed {seed}")
+    ]
+
+
+def slug_of(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[float, float, float]]]:
@@ -210,9 +218,10 @@ def finding(rows: list[dict[str, Any]]) -> str:
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "neither": []}
     for before, after in zip(names, names[1:], strict=False):
         pairs = [(of[before, s]["fvd_efflite0"], of[after, s]["fvd_efflite0"]) for s in seeds]
-        better, worse = (all(a.high < b.low for b, a in pairs), all(a.low > b.high for b, a in pairs))
+        better = all(base.value(a, "high") < base.value(b, "low") for b, a in pairs)
+        worse = all(base.value(a, "low") > base.value(b, "high") for b, a in pairs)
         verdicts["better" if better else "worse" if worse else "neither"].append(after)
-    ours = [np.mean([of[name, s]["fvd_efflite0"].mean for s in seeds]) for name in names]
+    ours = [np.mean([base.value(of[name, s]["fvd_efflite0"]) for s in seeds]) for name in names]
     order = float(stats.spearmanr(ours, [paper[0] for paper in papers]).statistic)
     told = "; ".join(f"{kind}: {', '.join(which) or 'none'}" for kind, which in verdicts.items())
     return (

@@ -15,6 +15,7 @@ labelled, and the other is scored. Intervals resample clips, the same for all mo
 import argparse
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,9 @@ def variants(call: Call, looks: Sequence[str]) -> dict[str, dict[str, Any]]:
 def measure(call: Call, run: Run, looks: Sequence[str], held: dict[str, HeldOut], seed: int) -> list[dict[str, Any]]:
     """Rows of one seed: each model on the clips of each look."""
     rows, tokenizer = [], run.model("tokenizer")
-    for name, fields in call.track(variants(call, looks).items(), f"seed {seed}"):
-        slug = name.replace(" %", "").replace(" ", "-")
+
+    def of_model(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        out, slug = [], name.replace(" %", "").replace(" ", "-")
         model = run.variant(f"labelled-{slug}-seed{seed}", {"seed": seed, **fields})
         labels = labels_of(override(run.config, {"seed": seed, **fields}), run.collect())
         total = run.collect().frames("train")
@@ -162,7 +164,7 @@ def measure(call: Call, run: Run, looks: Sequence[str], held: dict[str, HeldOut]
             for condition, shown in conditions.items():
                 scores = shown.score(imagine_clips(model, tokenizer, shown, K, seed))
                 found = {m: getattr(scores, m).mean(1) for m in SCORES}
-                rows.append(
+                out.append(
                     {
                         "seed": seed,
                         "model": condition,
@@ -173,6 +175,10 @@ def measure(call: Call, run: Run, looks: Sequence[str], held: dict[str, HeldOut]
                         "clips": {m: np.round(x, 4).tolist() for m, x in found.items()},
                     }
                 )
+        return out
+
+    for name, fields in call.track(variants(call, looks).items(), f"seed {seed}"):
+        rows += call.kept(f"seed{seed}-{name.replace(' ', '-')}", partial(of_model, name, fields))
     for look, clip in held.items():
         still = clip.score(clip.repeated())
         rows.append({"seed": seed, "model": "last frame repeated", "look": look,

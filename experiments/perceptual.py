@@ -14,6 +14,7 @@ and to bfloat16 costs: the datasets of tokens hold float16.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,36 +120,39 @@ def _decode(tokenizer: Tokenizer, z: jax.Array) -> jax.Array:
 
 def measure(call: Call, seed: int) -> list[dict[str, Any]]:
     """Rows of one seed: each dataset with each loss; under "clips" every measure of every clip, to be paired."""
-    rows, networks = [], perceptual.measures()
-    for name, directory in datasets(call, seed).items():
-        data = open_dataset(directory)
-        for loss in losses(call.size):
-            made = tokenizer_config(call, seed, name, data, loss)
-            run = call.run(made, "tokenizer")
-            tokenizer, frames = run.model("tokenizer"), held_out(made, data)
-            z = _encode(tokenizer, frames)
-            video = to_uint8(_decode(tokenizer, z))
-            clips = {
-                "psnr": np.minimum(psnr(frames, video), PSNR_CAP).mean(1),
-                "ssim": ssim(frames, video).mean(1),
-                **distances(networks, frames, video),
-            }
-            for half in HALVES:
-                rounded = _decode(tokenizer, z.astype(half).astype(jnp.float32))
-                clips[half] = psnr(frames, np.asarray(rounded)).mean(1)
-            clips["float32"] = psnr(frames, np.asarray(_decode(tokenizer, z))).mean(1)
-            spent = read_ledger(run.dir)["tokenizer"]["train"]
-            rows.append(
-                {
-                    "dataset": name,
-                    "seed": seed,
-                    "loss": loss,
-                    "seconds_per_step": spent / max(1, made.train.tokenizer.steps - 1),  # the first one compiles
-                    **{k: bootstrap_ci(v) for k, v in clips.items() if k in MEASURES},
-                    "clips": {k: [round(float(x), 6) for x in v] for k, v in clips.items()},
-                }
-            )
-    return rows
+    networks = perceptual.measures()
+
+    def row(name: str, data: Dataset, loss: str) -> dict[str, Any]:
+        made = tokenizer_config(call, seed, name, data, loss)
+        run = call.run(made, "tokenizer")
+        tokenizer, frames = run.model("tokenizer"), held_out(made, data)
+        z = _encode(tokenizer, frames)
+        video = to_uint8(_decode(tokenizer, z))
+        clips = {
+            "psnr": np.minimum(psnr(frames, video), PSNR_CAP).mean(1),
+            "ssim": ssim(frames, video).mean(1),
+            **distances(networks, frames, video),
+        }
+        for half in HALVES:
+            rounded = _decode(tokenizer, z.astype(half).astype(jnp.float32))
+            clips[half] = psnr(frames, np.asarray(rounded)).mean(1)
+        clips["float32"] = psnr(frames, np.asarray(_decode(tokenizer, z))).mean(1)
+        spent = read_ledger(run.dir)["tokenizer"]["train"]
+        return {
+            "dataset": name,
+            "seed": seed,
+            "loss": loss,
+            "seconds_per_step": spent / max(1, made.train.tokenizer.steps - 1),  # the first one compiles
+            **{k: bootstrap_ci(v) for k, v in clips.items() if k in MEASURES},
+            "clips": {k: [round(float(x), 6) for x in v] for k, v in clips.items()},
+        }
+
+    found = {name: open_dataset(directory) for name, directory in datasets(call, seed).items()}
+    cells = [(name, data, loss) for name, data in found.items() for loss in losses(call.size)]
+    return [
+        call.kept(f"seed{seed}-{name}-{loss}", partial(row, name, data, loss))
+        for name, data, loss in call.track(cells, f"seed {seed}")
+    ]
 
 
 def pick(rows: list[dict[str, Any]], dataset: str, loss: str, name: str) -> np.ndarray:

@@ -49,6 +49,28 @@ def test_an_interrupted_study_says_so_and_can_be_retried(capsys):
     assert stopped.value.code == 42 and "saved to runs/mine/7; the same command goes on" in told
 
 
+def test_what_is_kept_is_taken_by_the_same_code_and_options_alone(tmp_path, monkeypatch):
+    computed = []
+
+    def ask(code, throws="10", seed="0"):
+        monkeypatch.setattr("dreamer4_jax.evaluation.study.code", lambda: code)
+        options = ["--runs", str(tmp_path / "runs"), "--throws", throws, "--seeds", seed, "--out", f"{tmp_path}/{seed}"]
+        call = STUDY.call("doc", options, add=lambda p: p.add_argument("--throws", type=int, default=10))
+
+        def compute():
+            computed.append(code)
+            return [{"heads": wilson_ci(5, call.args.throws), "skew": float("nan")}]
+
+        return call.kept("cell", compute)
+
+    first = ask("a")
+    assert first == [{"heads": wilson_ci(5, 10)._asdict(), "skew": None}]
+    assert ask("a") == first and ask("a", seed="1") == first and computed == ["a"]
+    assert ask("a", throws="20") != first and ask("b") == first and computed == ["a", "a", "b"]
+    assert ask(None) == first and computed[3:] == [None], "changed code takes nothing, and keeps nothing"
+    assert ask("b") == first and len(computed) == 4
+
+
 def test_only_the_laptop_size_writes_into_the_committed_results():
     outs = {size: STUDY.call("doc", ["--size", size]).out.as_posix() for size in ("smoke", "laptop", "tpu")}
     assert outs == {

@@ -18,6 +18,7 @@ Results of the laptop size are committed: ``experiments/results/<name>/<name>.js
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import shlex
@@ -118,6 +119,8 @@ class Call:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.perf_counter)
     commit: str | None = field(default_factory=lambda: commit())  # of the code at the start
+    code: str | None = field(default_factory=lambda: code())  # the same, for what is kept
+    before: float = 0.0  # seconds that what was kept had taken
 
     def say(self, text: str) -> None:
         self.console.print(f"[bold]{text}[/bold]", highlight=False)
@@ -134,6 +137,28 @@ class Call:
             spent = (time.perf_counter() - began) / 60
             left = spent / i * (len(done) - i)
             self.say(f"{text}: {i} of {len(done)} in {spent:.1f} minutes, about {left:.1f} to go")
+
+    def kept(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, as JSON, and kept under --runs: neither a call that goes on after an interruption nor
+        one that joins the seeds of other calls computes it again.
+
+        It is taken only if library and experiments are as they were, to the letter, and so are the options.
+        """
+        path = self.args.runs / "kept" / f"{self.study.name}-{self.size}" / f"{key}.json"
+        options = {k: str(v) for k, v in sorted(vars(self.args).items()) if k not in ("seeds", "out", "runs")}
+        stamp = {"code": self.code, "options": options}
+        if self.code and path.exists():
+            found = json.loads(path.read_text())
+            if {name: found.get(name) for name in stamp} == stamp:
+                self.before += found["seconds"]
+                return found["value"]
+        began = time.perf_counter()
+        value = json.loads(json.dumps(plain(compute())))
+        if self.code:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tree = stamp | {"seconds": round(time.perf_counter() - began, 1), "value": value}
+            write_atomic(path, json.dumps(tree) + "\n")
+        return value
 
     def run(self, config: Config, *phases: str) -> "Run":
         """The run of a config, in a directory of its own under --runs, with `phases` trained or found finished."""
@@ -177,7 +202,7 @@ class Call:
             "commit": self.commit,
             "machine": machine(),
             "versions": versions((*PACKAGES, *self.study.packages)),
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "seconds": round(time.perf_counter() - self.began + self.before, 1),
             "figure": picture.name,
             **more,
             "rows": [dict(row) for row in rows],
@@ -200,6 +225,22 @@ def commit() -> str | None:
         # Results and text may change, code may not.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def code() -> str | None:
+    """Names the library's and the experiments' code by its content; None where it was changed since the last commit, or
+    outside a checkout."""
+    where = ("dreamer4_jax", ":(glob)experiments/*.py")
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout
+
+    try:
+        if git("status", "--porcelain", "--", *where):
+            return None
+        return hashlib.sha256(git("ls-files", "-s", "--", *where)).hexdigest()[:16]
     except (OSError, subprocess.CalledProcessError):
         return None
 
