@@ -74,9 +74,10 @@ def page(reports: list[AotReport]) -> str:
         "activations (below) can be more. The bound is the roofline's time: model FLOPs at peak rate, or every\n"
         "argument read once a pass. MFU counts no recomputation.\n\n"
         "Give each group of devices that shares sequences (the mesh without ctx) a multiple of four: otherwise the\n"
-        "bootstrap rows, a quarter of all, cannot be divided, and every device computes them all. v5e-256 as data 64\n"
-        "x ctx 4, one sequence a group, was estimated at 6.6 s (T = 64), three quarters of it in the teacher and in\n"
-        "exchanges for it.\n\n## Details\n\n```\n" + "\n".join(map(details, reports)) + "\n```\n"
+        "bootstrap rows, a quarter of all, cannot be divided, and the teacher computes more rows than are needed, so\n"
+        "that each group has rows of its own. Imagination gathers its frozen weights once, in front of the rollout:\n"
+        "each device then holds them whole, in the compute dtype.\n\n## Details\n\n"
+        "```\n" + "\n".join(map(details, reports)) + "\n```\n"
     )
 
 
