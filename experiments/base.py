@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import Array
 
 from dreamer4_jax.agent.model import ActorCritic
+from dreamer4_jax.bench import matmul_flops
 from dreamer4_jax.config import Config, override
 from dreamer4_jax.evaluation.rollouts import HeldOut
 from dreamer4_jax.evaluation.study import Call
 from dreamer4_jax.parallel import processes
+from dreamer4_jax.parallel.programs import programs
 from dreamer4_jax.runner import Run
 from dreamer4_jax.training.loop import open_run, run_phase
 from dreamer4_jax.training.phases import ImaginationPhase
@@ -61,6 +63,13 @@ def held_out(run: Run, clips: int) -> HeldOut:
     """`clips` clips of a run's held-out episodes."""
     wanted = override(run.config, {"evaluate.clips": clips})
     return HeldOut.sample(wanted, run.collect(), run.tokens(), seed=run.config.seed)
+
+
+def step_flops(run: Run, config: Config) -> float:
+    """FLOPs of the matrix products of a training step of the dynamics: short and long batches by their shares."""
+    costs = [matmul_flops(p.function, *p.arguments) for p in programs(config, ("dynamics",), mesh=run.mesh)]
+    every = config.train.dynamics.long_every
+    return costs[0] if len(costs) == 1 else costs[0] * (1 - 1 / every) + costs[1] / every
 
 
 def first_frames(run: Run, count: int) -> tuple[Array, Actions, Array, None]:

@@ -1,6 +1,6 @@
 """Does it matter how the two branches of shortcut forcing share a batch, and whose weights teach?
 
-    python -m experiments.bootstrap_mix                  # about 70 minutes on a core (estimated)
+    python -m experiments.bootstrap_mix                  # two hours on a core, beside other work
     python -m experiments.bootstrap_mix --size smoke     # under a minute
     python -m experiments.bootstrap_mix --size tpu       # seven times the steps, eight times the rows
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamer4_jax.config import override
 from dreamer4_jax.evaluation import plots
 from dreamer4_jax.evaluation.metrics import bootstrap_difference_ci
 from dreamer4_jax.evaluation.rollouts import imagine_clips
@@ -48,7 +49,9 @@ def measure(call, seed: int) -> list[dict[str, Any]]:
     shared = {f"train.dynamics.{name}": value for name, value in trained.items()}
     for mix, teacher in product(MIXES, TEACHERS):
         name = f"mix-{mix}-{teacher}"
-        model = run.variant(name, {"dynamics.mix": mix, "dynamics.teacher": teacher, **shared})
+        fields = {"dynamics.mix": mix, "dynamics.teacher": teacher, **shared}
+        model = run.variant(name, fields)
+        flops = base.step_flops(run, override(run.config, fields))
         seconds = read_ledger(run.dir)[name]["train"] / (size["steps"] - 1)  # the first one compiles
         for k in sorted({1, min(4, k_max), k_max}):
             scores = held.score(imagine_clips(model, tokenizer, held, k, seed))
@@ -60,6 +63,7 @@ def measure(call, seed: int) -> list[dict[str, Any]]:
                     "teacher": teacher,
                     "steps": k,
                     "seconds_per_step": seconds,
+                    "gflop_per_step": flops / 1e9,
                     **{name: scores.summary(())["average"][name] for name in ("symbol_accuracy", "changed_accuracy")},
                     "clips": [round(float(x), 4) for x in top.sum(1) / np.maximum(bottom.sum(1), 1)],
                 }
@@ -75,9 +79,11 @@ def difference(rows: list[dict[str, Any]], k: int, field: str, a: str, b: str) -
 
 
 def draw(rows: list[dict[str, Any]]):
-    """Accuracy of each combination and seed at each K, and the seconds of a step."""
+    """Accuracy of each combination and seed at each K, and what a step multiplies."""
     steps = sorted({row["steps"] for row in rows})
-    figure, axes = plots.panels([*(f"K = {k}: tiles that change" for k in steps), "cost of a training step"], 3.4, 3.2)
+    figure, axes = plots.panels(
+        [*(f"K = {k}: tiles that change" for k in steps), "products of a training step"], 3.4, 3.2
+    )
     order = list(product(MIXES, TEACHERS))
     labels = [f"{MIXES[m].replace(' (', chr(10) + '(')}\n{TEACHERS[t]} teacher" for m, t in order]
     for panel, k in zip(axes, [*steps, None], strict=True):
@@ -86,7 +92,7 @@ def draw(rows: list[dict[str, Any]]):
             for r, shift in zip(mine, np.linspace(-0.15, 0.15, len(mine)) if len(mine) > 1 else [0.0], strict=True):
                 color = plots.PALETTE[at]
                 if k is None:
-                    panel.plot(1000 * r["seconds_per_step"], at + shift, "o", color=color, markersize=4)
+                    panel.barh(at, r["gflop_per_step"], 0.5, color=color)
                 else:
                     found = r["changed_accuracy"]
                     low, high = found["mean"] - found["low"], found["high"] - found["mean"]
@@ -100,9 +106,7 @@ def draw(rows: list[dict[str, Any]]):
                     )
         panel.set_yticks(range(len(order)), labels if panel is axes[0] else [""] * len(order))
         panel.set_ylim(len(order) - 0.5, -0.5)
-        panel.set_xlabel(
-            "milliseconds, one point a seed" if k is None else "right (%), one point a seed, 95 % of clips"
-        )
+        panel.set_xlabel("GFLOP, by the program" if k is None else "right (%), one point a seed, 95 % of clips")
         panel.grid(axis="x", alpha=0.14)
     return figure
 
@@ -116,11 +120,15 @@ def found(rows: list[dict[str, Any]], differences: dict[str, Any]) -> str:
             for k, d in each.items()
         ]
         parts.append(f"{name}: {', '.join(told)}")
-    cost = {m: float(np.median([r["seconds_per_step"] for r in rows if r["mix"] == m])) for m in MIXES}
+    cost = {m: next(r["gflop_per_step"] for r in rows if r["mix"] == m) for m in MIXES}
+    k_max = max(r["steps"] for r in rows)
+    levels = k_max.bit_length()
     return (
         f"Points of accuracy on tiles that change (95 % intervals over clips and seeds). {'. '.join(parts)}. A step "
-        f"costs {1000 * cost['rows']:.0f} ms with rows and {1000 * cost['frames']:.0f} ms with frames "
-        f"({cost['frames'] / cost['rows']:.2f} times): there the teacher computes the whole batch."
+        f"multiplies {cost['rows']:.1f} GFLOP with rows and {cost['frames']:.1f} with frames "
+        f"({cost['frames'] / cost['rows']:.2f} times), where the teacher computes the whole batch. "
+        f"Rows give a quarter of a batch to the bootstrap term, Eq 4 with k_max = {k_max} gives {levels - 1} of "
+        f"{levels} frames: in as many steps it sees less of the data itself."
     )
 
 

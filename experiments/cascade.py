@@ -17,13 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dreamer4_jax.bench import matmul_flops, time_jitted
-from dreamer4_jax.config import Config, override
+from dreamer4_jax.bench import time_jitted
+from dreamer4_jax.config import override
 from dreamer4_jax.evaluation import plots
 from dreamer4_jax.evaluation.features import clip_features, frechet_interval
 from dreamer4_jax.evaluation.rollouts import HeldOut, imagine_clips, to_uint8
 from dreamer4_jax.evaluation.study import Call, Study, entry
-from dreamer4_jax.parallel.programs import programs
 from dreamer4_jax.runner import Run
 from dreamer4_jax.training.metrics import read_ledger
 from dreamer4_jax.world import Actions, shortcut
@@ -100,13 +99,6 @@ def run_for(call: Call, seed: int, pack: int) -> Run:
     return run
 
 
-def step_flops(run: Run, config: Config) -> float:
-    """FLOPs of the matrix products of a training step: short and long batches by their shares."""
-    costs = [matmul_flops(p.function, *p.arguments) for p in programs(config, ("dynamics",), mesh=run.mesh)]
-    every = config.train.dynamics.long_every
-    return costs[0] if len(costs) == 1 else costs[0] * (1 - 1 / every) + costs[1] / every
-
-
 def frames_per_second(model: Any, held: HeldOut, k: int, repeats: int) -> float:
     """Generated frames a second of one stream."""
     one = lambda tree: {name: x[:1] for name, x in tree.items()}
@@ -127,7 +119,7 @@ def measure(call: Call, seed: int) -> list[dict[str, Any]]:
     def variant(fields: dict[str, Any]) -> tuple[Run, dict[str, Any], float]:
         fields = dict(fields)
         run = runs[fields.pop("pack")]
-        return run, fields, step_flops(run, override(run.config, fields))
+        return run, fields, base.step_flops(run, override(run.config, fields))
 
     budget = size["steps"] * variant(steps[-1][1])[2]
 

@@ -53,7 +53,7 @@ def test_what_is_kept_is_taken_by_the_same_code_and_options_alone(tmp_path, monk
     computed = []
 
     def ask(code, throws="10", seed="0"):
-        monkeypatch.setattr("dreamer4_jax.evaluation.study.code", lambda: code)
+        monkeypatch.setattr("dreamer4_jax.evaluation.study.code", lambda study: code)
         options = ["--runs", str(tmp_path / "runs"), "--throws", throws, "--seeds", seed, "--out", f"{tmp_path}/{seed}"]
         call = STUDY.call("doc", options, add=lambda p: p.add_argument("--throws", type=int, default=10))
 

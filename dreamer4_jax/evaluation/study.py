@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,8 +120,12 @@ class Call:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.perf_counter)
     commit: str | None = field(default_factory=lambda: commit())  # of the code at the start
-    code: str | None = field(default_factory=lambda: code())  # the same, for what is kept
     before: float = 0.0  # seconds that what was kept had taken
+
+    @cached_property
+    def code(self) -> str | None:
+        """Of the library and of this experiment, for what is kept."""
+        return code(self.study.name)
 
     def say(self, text: str) -> None:
         self.console.print(f"[bold]{text}[/bold]", highlight=False)
@@ -142,7 +147,7 @@ class Call:
         """What `compute` returns, as JSON, and kept under --runs: neither a call that goes on after an interruption nor
         one that joins the seeds of other calls computes it again.
 
-        It is taken only if library and experiments are as they were, to the letter, and so are the options.
+        It is taken only if the library and this experiment are as they were, to the letter, and so are the options.
         """
         path = self.args.runs / "kept" / f"{self.study.name}-{self.size}" / f"{key}.json"
         options = {k: str(v) for k, v in sorted(vars(self.args).items()) if k not in ("seeds", "out", "runs")}
@@ -229,10 +234,10 @@ def commit() -> str | None:
         return None
 
 
-def code() -> str | None:
-    """Names the library's and the experiments' code by its content; None where it was changed since the last commit, or
-    outside a checkout."""
-    where = ("dreamer4_jax", ":(glob)experiments/*.py")
+def code(study: str) -> str | None:
+    """Names the code of the library and of one experiment by its content; None where it was changed since the last
+    commit, or outside a checkout."""
+    where = ("dreamer4_jax", *(f"experiments/{name}.py" for name in (study, "base", "quickstart")))
 
     def git(*words: str) -> bytes:
         return subprocess.run(["git", *words], cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout
