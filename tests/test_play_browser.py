@@ -1,6 +1,7 @@
 """The demo as it is used: headless Chromium on a run's page, by keyboard, mouse and touch."""
 
 import io
+import json
 import shutil
 import time
 from pathlib import Path
@@ -44,13 +45,14 @@ def browser():
 class Player:
     """One page, with whatever went wrong in it."""
 
-    def __init__(self, browser, url, **options):
+    def __init__(self, browser, url, prepare=lambda page: None, **options):
         self.context = browser.new_context(**{"viewport": DESKTOP, "accept_downloads": True, **options})
         self.page = self.context.new_page()
         self.wrong: list[str] = []
         self.page.on("console", lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.on("request", lambda r: None if r.url.startswith((url, "blob:")) else self.wrong.append(r.url))
+        prepare(self.page)
         self.page.goto(url)
         expect(self.note).to_contain_text("frame 0")
 
@@ -133,6 +135,40 @@ def test_the_sliders_change_k_and_the_rate_live(player):
     player.press("ArrowUp")
     expect(player.page.locator("#ms")).to_contain_text("ms")
     assert player.age() == 1
+
+
+def test_what_the_server_said_before_it_heard_of_a_slider_does_not_undo_it(served, browser):
+    """Words of the server that are late, as on a slow line: the presses meanwhile count from what the page shows."""
+    late, sockets = [], []
+
+    def hold_back(page):
+        def opened(socket):
+            server = socket.connect_to_server()
+            socket.on_message(server.send)
+            state = lambda m: isinstance(m, str) and json.loads(m)["t"] == "state"
+            server.on_message(lambda m: late.append(m) if state(m) else socket.send(m))
+            sockets.append(socket)
+
+        page.route_web_socket("**/play", opened)
+
+    player = Player(browser, served[0], prepare=hold_back)
+    shows = expect(player.page.locator("#k-out"))
+    player.press("BracketRight", "BracketLeft", "BracketLeft")  # 8, 4, 2
+    deadline = time.monotonic() + 30
+    while not late or json.loads(late[-1])["k"] != 2:
+        assert time.monotonic() < deadline, f"the server never said 2: {late}"
+        player.page.wait_for_timeout(20)
+    old = json.loads(late[-1]) | {"k": 8}
+    sockets[0].send(json.dumps(old))
+    player.page.wait_for_timeout(100)
+    shows.to_have_text("2")
+    player.press("BracketLeft")
+    shows.to_have_text("1")
+    sockets[0].send(json.dumps(old | {"k": 1}))  # heard: from now on the server's word counts again
+    sockets[0].send(json.dumps(old | {"k": 4}))
+    shows.to_have_text("4")
+    player.context.close()
+    assert not player.wrong
 
 
 def test_the_policy_takes_over_and_a_key_takes_the_controls_back(player):

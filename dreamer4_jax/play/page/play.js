@@ -15,6 +15,7 @@ let socket = null;
 let hello = null; // what the server said of the run
 let state = { running: false, policy: false, k: 4, fps: 8, doubt: true, recording: false, rewindable: 0 };
 let held = []; // numbers of the bindings that are down
+let asked = {}; // slider -> { value, until }: what was set on it and the server has not said back yet
 let pressed = 0; // when a key went down whose frame has not come yet
 let shown = null; // header of the frame on the screen
 let track = []; // per frame: { age, drift, seeds, residual }
@@ -76,6 +77,7 @@ async function received(buffer) {
 
 function greet(message) {
   hello = message;
+  asked = {};
   $("title").textContent = hello.title;
   document.title = `${hello.title} · dreamer4`;
   status("on", `connected · ${hello.device}`);
@@ -145,12 +147,27 @@ function show(s) {
   mode("pilot", s.policy, "policy", s.policy ? "Take over" : "Hand over");
   mode("record", s.recording, s.recording ? "stop" : "record", s.recording ? "Stop" : "Record");
   $("rewind").disabled = s.rewindable < 1;
-  const rung = hello.ladder.indexOf(s.k);
-  if (rung >= 0 && document.activeElement !== $("k")) $("k").value = rung;
-  if (document.activeElement !== $("fps")) $("fps").value = s.fps;
-  sayK(s.k);
-  $("fps-out").textContent = s.fps;
+  if (!pending("k", s.k)) {
+    const rung = hello.ladder.indexOf(s.k);
+    if (rung >= 0 && document.activeElement !== $("k")) $("k").value = rung;
+    sayK(s.k);
+  }
+  if (!pending("fps", s.fps)) {
+    if (document.activeElement !== $("fps")) $("fps").value = s.fps;
+    $("fps-out").textContent = s.fps;
+  }
   $("doubt").checked = s.doubt;
+}
+
+/** Whether the server has yet to hear of what was set: what it says until then is old, and would undo it. */
+function pending(id, told) {
+  const waits = asked[id] && asked[id].value !== told && performance.now() < asked[id].until;
+  if (!waits) delete asked[id];
+  return Boolean(waits);
+}
+
+function ask(id, value) {
+  asked[id] = { value, until: performance.now() + 3000 };
 }
 
 async function frame(header, parts) {
@@ -350,10 +367,12 @@ $("pilot").addEventListener("click", () => {
 $("k").addEventListener("input", () => {
   const k = hello.ladder[+$("k").value];
   sayK(k);
+  ask("k", k);
   say("steps", { k });
 });
 $("fps").addEventListener("input", () => {
   $("fps-out").textContent = $("fps").value;
+  ask("fps", +$("fps").value);
   say("rate", { fps: +$("fps").value });
 });
 $("doubt").addEventListener("change", () => say("doubt", { on: $("doubt").checked }));
