@@ -1,6 +1,7 @@
 """Messages of the page: exactly the known kinds are read, everything else is one clear refusal."""
 
 import dataclasses
+import gc
 import json
 import tracemalloc
 
@@ -125,10 +126,12 @@ def test_ten_thousand_malformed_messages_leave_nothing_behind():
     try:
         for text in samples * 50:
             _never_crashes(text)
+        gc.collect()  # what is waiting to be collected is as much as chance will have it
         before = tracemalloc.get_traced_memory()[0]
         for text in samples * 2500:
             _never_crashes(text)
+        gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert grown < 20_000, grown
+    assert grown < 5_000, grown
