@@ -10,6 +10,7 @@ batch) and lets the moving average teach. All four combinations, on the tokens o
 not there) and for the same number of steps: imagined clips at K = 1, 4 and k_max, and what a step costs.
 """
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,7 @@ from dreamer4_jax.config import override
 from dreamer4_jax.evaluation import plots
 from dreamer4_jax.evaluation.metrics import bootstrap_difference_ci
 from dreamer4_jax.evaluation.rollouts import imagine_clips
-from dreamer4_jax.evaluation.study import Study, entry
+from dreamer4_jax.evaluation.study import Call, Study, entry
 from dreamer4_jax.evaluation.worldmodel import as_dict
 from dreamer4_jax.training.metrics import read_ledger
 from experiments import base
@@ -39,16 +40,17 @@ MIXES = {"rows": "a quarter of the rows", "frames": "single frames (Eq 4)"}
 TEACHERS = {"ema": "average", "online": "online"}
 
 
-def measure(call, seed: int) -> list[dict[str, Any]]:
-    """Rows of one seed: each combination at each K, with the clips' symbol accuracies (of tiles that change too)."""
+def measure(call: Call, seed: int) -> list[dict[str, Any]]:
+    """Rows of one seed: each combination at each K, with the clips' accuracies of tiles that change."""
     size = SIZES[call.size]
     run = base.trained(call, seed, "tokenizer")
-    held, tokenizer, rows = base.held_out(run, size["clips"]), run.model("tokenizer"), []
+    held, tokenizer = base.held_out(run, size["clips"]), run.model("tokenizer")
     k_max, warmup = run.config.dynamics.k_max, min(run.config.train.dynamics.warmup, size["steps"])
     trained = {"steps": size["steps"], "batch": size["batch"], "warmup": warmup}
     shared = {f"train.dynamics.{name}": value for name, value in trained.items()}
-    for mix, teacher in product(MIXES, TEACHERS):
-        name = f"mix-{mix}-{teacher}"
+
+    def of_model(mix: str, teacher: str) -> list[dict[str, Any]]:
+        name, out = f"mix-{mix}-{teacher}", []
         fields = {"dynamics.mix": mix, "dynamics.teacher": teacher, **shared}
         model = run.variant(name, fields)
         flops = base.step_flops(run, override(run.config, fields))
@@ -56,7 +58,7 @@ def measure(call, seed: int) -> list[dict[str, Any]]:
         for k in sorted({1, min(4, k_max), k_max}):
             scores = held.score(imagine_clips(model, tokenizer, held, k, seed))
             top, bottom = scores.parts()["changed_accuracy"]
-            rows.append(
+            out.append(
                 {
                     "seed": seed,
                     "mix": mix,
@@ -68,7 +70,10 @@ def measure(call, seed: int) -> list[dict[str, Any]]:
                     "clips": [round(float(x), 4) for x in top.sum(1) / np.maximum(bottom.sum(1), 1)],
                 }
             )
-    return rows
+        return out
+
+    cells = call.track(list(product(MIXES, TEACHERS)), f"seed {seed}")
+    return [row for cell in cells for row in call.kept(f"seed{seed}-{'-'.join(cell)}", partial(of_model, *cell))]
 
 
 def difference(rows: list[dict[str, Any]], k: int, field: str, a: str, b: str) -> dict[str, float] | None:
@@ -89,21 +94,13 @@ def draw(rows: list[dict[str, Any]]):
     for panel, k in zip(axes, [*steps, None], strict=True):
         for at, (mix, teacher) in enumerate(order):
             mine = [r for r in rows if (r["mix"], r["teacher"]) == (mix, teacher) and r["steps"] == (k or steps[0])]
+            if k is None:
+                panel.barh(at, mine[0]["gflop_per_step"], 0.5, color=plots.PALETTE[at])  # of every seed the same
+                continue
             for r, shift in zip(mine, np.linspace(-0.15, 0.15, len(mine)) if len(mine) > 1 else [0.0], strict=True):
-                color = plots.PALETTE[at]
-                if k is None:
-                    panel.barh(at, r["gflop_per_step"], 0.5, color=color)
-                else:
-                    found = r["changed_accuracy"]
-                    low, high = found["mean"] - found["low"], found["high"] - found["mean"]
-                    panel.errorbar(
-                        100 * found["mean"],
-                        at + shift,
-                        xerr=[[100 * low], [100 * high]],
-                        fmt="o",
-                        color=color,
-                        markersize=4,
-                    )
+                mean, low, high = (100 * r["changed_accuracy"][name] for name in ("mean", "low", "high"))
+                panel.errorbar(mean, at + shift, xerr=[[mean - low], [high - mean]], fmt="o", color=plots.PALETTE[at],
+                               markersize=4)  # fmt: skip
         panel.set_yticks(range(len(order)), labels if panel is axes[0] else [""] * len(order))
         panel.set_ylim(len(order) - 0.5, -0.5)
         panel.set_xlabel("GFLOP, by the program" if k is None else "right (%), one point a seed, 95 % of clips")
@@ -134,7 +131,7 @@ def found(rows: list[dict[str, Any]], differences: dict[str, Any]) -> str:
 
 def main(argv=None) -> None:
     call = STUDY.call(__doc__, argv)
-    rows = [row for seed in call.track(call.seeds) for row in measure(call, seed)]
+    rows = [row for seed in call.seeds for row in measure(call, seed)]
     steps = sorted({row["steps"] for row in rows})
     differences = {
         "Rows minus frames": {k: difference(rows, k, "mix", "rows", "frames") for k in steps},

@@ -1,6 +1,6 @@
 """How much of the video needs actions before a world model can be steered (paper 4.3 and Fig 7)?
 
-    python -m experiments.label_efficiency                       # about two hours on one core: three seeds
+    python -m experiments.label_efficiency                       # about two hours on one core (estimated)
     python -m experiments.label_efficiency --size smoke          # some minutes; the first time procgen is installed
     python -m experiments.label_efficiency --data data/coinrun   # on a dataset that is there
 
@@ -151,8 +151,8 @@ def measure(call: Call, run: Run, looks: Sequence[str], held: dict[str, HeldOut]
     """Rows of one seed: each model on the clips of each look."""
     rows, tokenizer = [], run.model("tokenizer")
 
-    def of_model(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
-        out, slug = [], name.replace(" %", "").replace(" ", "-")
+    def of_model(name: str, slug: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        out = []
         model = run.variant(f"labelled-{slug}-seed{seed}", {"seed": seed, **fields})
         labels = labels_of(override(run.config, {"seed": seed, **fields}), run.collect())
         total = run.collect().frames("train")
@@ -178,7 +178,8 @@ def measure(call: Call, run: Run, looks: Sequence[str], held: dict[str, HeldOut]
         return out
 
     for name, fields in call.track(variants(call, looks).items(), f"seed {seed}"):
-        rows += call.kept(f"seed{seed}-{name.replace(' ', '-')}", partial(of_model, name, fields))
+        slug = name.replace(" %", "").replace(" ", "-")
+        rows += call.kept(f"seed{seed}-{slug}", partial(of_model, name, slug, fields))
     for look, clip in held.items():
         still = clip.score(clip.repeated())
         rows.append({"seed": seed, "model": "last frame repeated", "look": look,

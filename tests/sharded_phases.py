@@ -1,6 +1,7 @@
 """One update of every phase on a mesh of eight devices against the same on one; prints the differences as JSON.
 
-JAX_NUM_CPU_DEVICES=8 python -m tests.sharded_phases DATA_DIR PHASE[,PHASE] MESH...
+JAX_NUM_CPU_DEVICES=8 python -m tests.sharded_phases DATA_DIR PHASE gradients[,parameters] MESH...
+JAX_NUM_CPU_DEVICES=8 python -m tests.sharded_phases DATA_DIR imagination exchanged HORIZON...
 """
 
 import json
@@ -12,8 +13,10 @@ import numpy as np
 import optax
 
 from dreamer4_jax.agent.model import Agent
+from dreamer4_jax.config import override
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.parallel import MeshSpec, Rules, make_mesh
+from dreamer4_jax.parallel.hlo import Module, costs
 from dreamer4_jax.parallel.sharding import batch_shardings
 from dreamer4_jax.training.optim import make_optimizer
 from dreamer4_jax.training.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
@@ -92,9 +95,33 @@ def differences(phase, mesh, rules, of) -> dict[str, float]:
     return out
 
 
+def exchanged(data: Path, horizon: int) -> int:
+    """Bytes that the devices of a mesh of eight exchange in a step of imagination, every pass of a loop counted."""
+    cfg, tokens = override(config(), {"agent.horizon": horizon}), open_dataset(data / "tokens", identity="shown")
+    phase = ImaginationPhase(cfg, tokens, small.drawn(lambda key: Agent(cfg, Dynamics(cfg, key), key)))
+    optimizer, mesh, rules, batch = (
+        optax.sgd(1.0),
+        make_mesh(MeshSpec(data=8)),
+        Rules(min_size=0),
+        next(phase.batches(0)),
+    )
+    shardings = rules.shardings(abstract_state(phase, optimizer, batch), mesh)
+    state = jax.device_put(init_state(phase, optimizer, batch, jax.random.key(0)), shardings)
+    frozen = jax.device_put(phase.frozen, rules.shardings(phase.frozen, mesh))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, batch_shardings(batch, mesh))
+        step = make_train_step(phase, optimizer, shardings).lower(state, frozen, placed, jax.random.key(1))
+        text = step.compile(QUICK).as_text()
+    found = costs(Module.parse(text), trips=cfg.agent.sample_steps, scope_of=str)
+    return sum(at.bytes for at in found.collectives.values())
+
+
 if __name__ == "__main__":
     perceptual.BLOCKS = small_vgg.BLOCKS
     directory, name, of, *meshes = sys.argv[1:]
+    if of == "exchanged":
+        print(json.dumps({horizon: exchanged(Path(directory), int(horizon)) for horizon in meshes}))
+        sys.exit()
     phase, rules = phases(Path(directory))[name], Rules(min_size=0)
     found = {text: differences(phase, make_mesh(MeshSpec.parse(text)), rules, of.split(",")) for text in meshes}
     print(json.dumps(found))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from dreamer4_jax.config import UserError
 from dreamer4_jax.evaluation import plots, study_page, wilson_ci
-from dreamer4_jax.evaluation.study import Study, entry, load
+from dreamer4_jax.evaluation.study import Study, code, entry, load
 from dreamer4_jax.training import Interrupted
 
 STUDY = Study("coin", "Is the <coin> fair?", "heads in half of the throws", seeds=(0, 1))
@@ -69,6 +70,33 @@ def test_what_is_kept_is_taken_by_the_same_code_and_options_alone(tmp_path, monk
     assert ask("a", throws="20") != first and ask("b") == first and computed == ["a", "a", "b"]
     assert ask(None) == first and computed[3:] == [None], "changed code takes nothing, and keeps nothing"
     assert ask("b") == first and len(computed) == 4
+
+
+def test_code_is_named_by_what_was_committed_of_the_library_and_of_the_experiment(tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        git("add", name)
+
+    assert code("coin", tmp_path) is None, "no checkout"
+    git("init")
+    assert code("coin", tmp_path) is None, "nothing is tracked"
+    for name in ("dreamer4_jax/nn.py", "experiments/coin.py", "experiments/base.py", "experiments/other.py"):
+        write(name, "1")
+    assert code("coin", tmp_path) is None, "not committed"
+    git("commit", "-m", "first")
+    first = code("coin", tmp_path)
+    write("experiments/other.py", "2")
+    git("commit", "-m", "another experiment")
+    assert first and code("coin", tmp_path) == first != code("other", tmp_path)
+    write("dreamer4_jax/nn.py", "2")
+    assert code("coin", tmp_path) is None
+    git("commit", "-m", "the library")
+    assert code("coin", tmp_path) not in (None, first)
 
 
 def test_only_the_laptop_size_writes_into_the_committed_results():

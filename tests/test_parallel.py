@@ -164,13 +164,18 @@ def toy(tmp_path_factory):
 MESHES = ("data=8", "data=4,ctx=2", "data=2,ctx=2,model=2", "replica=2,data=4")
 
 
-def require_equal_updates(toy, phase, of, meshes, share):
-    """From a process of its own that has eight devices. `share`: of the state, each device holds less than this."""
+def on_eight_devices(toy, *words):
+    """What `tests.sharded_phases` prints, from a process of its own that has eight devices."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "tests.sharded_phases", str(toy), phase, ",".join(of), *meshes]
+    command = [sys.executable, "-m", "tests.sharded_phases", str(toy), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def require_equal_updates(toy, phase, of, meshes, share):
+    """`share`: of the state, each device holds less than this."""
+    found = on_eight_devices(toy, phase, ",".join(of), *meshes)
     assert list(found) == list(meshes)
     for mesh, values in found.items():
         assert values["loss"] < 1e-5, mesh
@@ -187,3 +192,9 @@ def test_gradients_are_the_same_on_a_mesh_of_eight(toy):
 @pytest.mark.parametrize("phase", ["tokenizer", "perceptual", "dynamics", "agent", "imagination"])
 def test_every_phase_updates_the_same_on_every_mesh(toy, phase):
     require_equal_updates(toy, phase, ["gradients", "parameters"], MESHES, 0.5)
+
+
+@pytest.mark.slow
+def test_imagination_gathers_its_weights_once_whatever_the_horizon(toy):
+    found = on_eight_devices(toy, "imagination", "exchanged", "2", "4")
+    assert found["2"] == found["4"] > 0

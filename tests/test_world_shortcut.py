@@ -255,12 +255,18 @@ def test_the_teacher_computes_rows_that_can_be_divided(count, total, groups, exp
     assert found == expected and set(range(0, count * stride, stride)) <= set(found)
 
 
-@pytest.mark.parametrize("batch, rows", [(16, 16), (7, 7), (16, 8), (7, 3)])
-def test_the_target_of_a_bootstrap_row_is_its_own(batch, rows):
-    """Whatever the stride: rows are picked for the teacher and its answers go back to the same rows."""
+@pytest.mark.parametrize(
+    "batch, rows, groups", [(16, 16, 1), (7, 7, 1), (16, 8, 1), (7, 3, 1), (16, 8, 8), (16, 8, 16)]
+)
+def test_the_target_of_a_bootstrap_row_is_its_own(batch, rows, groups, monkeypatch):
+    """Whatever the stride: rows are picked for the teacher and its answers go back to the same rows, also where it
+    computes more rows than are needed, for groups of devices that could not share them."""
+    monkeypatch.setattr(shortcut, "batch_groups", lambda: groups)
     student, teacher = fakes(mix="rows", bootstrap_fraction=0.4)
     z1 = latents(batch, 5)
     loss, *_ = shortcut.shortcut_forward(student, teacher, z1, moves(batch, 5), jax.random.key(1), rows=rows)
+    if groups > 1:
+        assert teacher.calls[0][0].shape[0] % groups == 0
     errors, tau, flow = literal_errors(student, np.asarray(z1, np.float64))
     assert (~flow[:rows]).any() and flow[rows:].all()
     np.testing.assert_allclose(loss, (reference.ramp(tau) * errors)[:rows].mean(), **CLOSE)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SIZES = ("smoke", "laptop", "tpu")
 RESULTS = Path("experiments/results")
+ROOT = Path(__file__).parents[2]  # of a checkout
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "minigrid")
 
 Item = TypeVar("Item")
@@ -220,34 +221,27 @@ class Call:
 
 def commit() -> str | None:
     """The commit of the code that runs, marked where files of it were changed since; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-
     try:
         # Results and text may change, code may not.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
-        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+        changed = _git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        return _git(ROOT, "rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def code(study: str) -> str | None:
+def code(study: str, root: Path = ROOT) -> str | None:
     """Names the code of the library and of one experiment by its content; None where it was changed since the last
-    commit, or outside a checkout."""
+    commit, or is not tracked."""
     where = ("dreamer4_jax", *(f"experiments/{name}.py" for name in (study, "base", "quickstart")))
-
-    def git(*words: str) -> bytes:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout
-
     try:
-        if git("status", "--porcelain", "--", *where):
-            return None
-        return hashlib.sha256(git("ls-files", "-s", "--", *where)).hexdigest()[:16]
+        tracked, changed = _git(root, "ls-files", "-s", "--", *where), _git(root, "status", "--porcelain", "--", *where)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return hashlib.sha256(tracked.encode()).hexdigest()[:16] if tracked and not changed else None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -266,7 +260,8 @@ def entry(main: Callable[[], Any]) -> None:
         print(f"dreamer4: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as error:
-        print(f"dreamer4: {str(error).rpartition(';')[0]}; the same command goes on from there", file=sys.stderr)
+        told = f"{error.phase} was interrupted after step {error.step} and saved to {error.checkpoint}"
+        print(f"dreamer4: {told}; the same command goes on from there", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
 
 

@@ -114,7 +114,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def gathered(model: Any, rules: Rules | None = None) -> Any:
+def gathered(model: Any) -> Any:
     """A model whose parameters every device holds whole, but for what is over the model axis; as it is without a mesh.
 
     For a loop over frozen weights: they are gathered once in front of it instead of in every pass.
@@ -122,9 +122,9 @@ def gathered(model: Any, rules: Rules | None = None) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return model
-    table = (rules or Rules()).parameters
-    kept = {name: tuple(axis for axis in axes if axis == "model") for name, axes in table.items()}
-    specs = jax.tree.map(lambda s: s.spec, Rules(kept).shardings(model, mesh))
+    table = Rules().parameters
+    kept = Rules({name: tuple(axis for axis in axes if axis == "model") for name, axes in table.items()})
+    specs = jax.tree.map(lambda s: s.spec, kept.shardings(model, mesh))
     return jax.tree.map(jax.lax.with_sharding_constraint, model, specs)
 
 
