@@ -226,7 +226,7 @@ def tell(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
         for half in HALVES
     }
     return (
-        "Against squared error alone, paired by held-out clip (95 % intervals over clips and seeds). "
+        "Against squared error alone, paired by held-out clip (95 % intervals over the clips of all seeds). "
         f"{'; '.join(parts)}. A step costs {', '.join(f'{v:.0f} ms with {k}' for k, v in cost.items())}. Latents "
         f"rounded to float16 lose {lost['float16']:.2g} dB of PSNR, rounded to bfloat16 {lost['bfloat16']:.2g} dB."
     )
