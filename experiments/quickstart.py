@@ -60,7 +60,7 @@ QUICK: dict[str, Any] = {
     "train.dynamics.ema": 0.99,
     "train.dynamics.decay": 0.3,
     "train.dynamics.image_fraction": 0.1,
-    "train.agent.steps": 900,
+    "train.agent.steps": 600,
     "train.agent.batch": 12,
     "train.agent.length": 12,
     "train.agent.optimizer": "muon",
@@ -68,12 +68,12 @@ QUICK: dict[str, Any] = {
     "train.agent.warmup": 20,
     "train.agent.decay": 0.3,
     "train.agent.ema": 0.99,
-    "train.imagination.steps": 100,
+    "train.imagination.steps": 80,
     "train.imagination.batch": 32,
     "train.imagination.lr": 2e-3,
     "train.imagination.warmup": 10,
     "train.imagination.ema": 0.98,
-    "evaluate.episodes": 300,
+    "evaluate.episodes": 200,
     "evaluate.clips": 64,
 }
 SMOKE: dict[str, Any] = {
