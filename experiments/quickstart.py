@@ -1,8 +1,8 @@
 """Quickstart: recorded BabyAI play -> tokenizer -> world model -> agent -> reinforcement learning in imagination.
 
-    dreamer4 run quickstart                    # 15 minutes on 2 cores
+    dreamer4 run quickstart                    # under 15 minutes on 2 cores
     dreamer4 run quickstart --smoke            # the same stages, under 3 minutes, for CI
-    dreamer4 run quickstart --full             # 70 minutes: two to three times as long, and diffusion forcing
+    dreamer4 run quickstart --full             # about 50 minutes: two to four times as long, and diffusion forcing
 
 The data is mediocre on purpose: a scripted expert that breaks off into bursts of random actions, and aimless walks.
 Episodes end after 24 steps, rewards come once at success. The page <run>/report.html shows what came of it.

@@ -89,7 +89,7 @@ def world_model_targets(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": f"K = {k} against K = {at_max['steps']}",
             "target": "within 1 point of symbol accuracy",
-            "value": f"{gap:+.2f} points lower" if gap >= 0 else f"{-gap:.2f} points higher",
+            "value": f"{abs(gap):.2f} points {'lower' if gap >= 0 else 'higher'}",
             "passed": gap <= 1,
         },
     ]
