@@ -63,7 +63,7 @@ def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
 
 def summarize(kept: list[dict[str, Any]]) -> dict[str, Any]:
     """Seeds on which each target was met, and success of every policy on every seed."""
-    names = [t["name"] for t in kept[0]["targets"]]
+    names = list(dict.fromkeys(t["name"] for k in kept for t in k["targets"]))  # an older seed may have others
     met = {n: [bool(t["passed"]) for k in kept for t in k["targets"] if t["name"] == n] for n in names}
     success = {name: [next(p["success"] for p in k["policies"] if p["policy"] == name) for k in kept] for name in SHOWN}
     return {
