@@ -1,6 +1,6 @@
 """The design cascade of paper Table 2 on small open data: what each step from diffusion forcing to Dreamer 4 brings.
 
-    python -m experiments.cascade                  # two hours on a core; seeds apart (--seeds) are joined by it
+    python -m experiments.cascade                  # two to three hours on a core (estimated)
     python -m experiments.cascade --size smoke     # about a minute
     python -m experiments.cascade --size tpu       # fifteen times the compute
 

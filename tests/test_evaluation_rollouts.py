@@ -247,6 +247,9 @@ def test_targets_of_the_world_model():
     slow = measured()
     slow["steps"]["models"][0]["rows"][1]["symbol_accuracy"] = interval(0.96)  # K = 4 loses 1.5 points to K = 16
     assert verdicts(world_model_targets(slow)) == [True] * 5 + [False, True, True]
+    assert world_model_targets(slow)[5]["value"] == "1.50 points lower"
+    slow["steps"]["models"][0]["rows"][1]["symbol_accuracy"] = interval(0.98)
+    assert world_model_targets(slow)[5]["value"] == "0.50 points higher"
     blind = measured()
     blind["conditions"][1] = blind["conditions"][0]  # shuffled actions cost nothing
     assert verdicts(world_model_targets(blind)) == [True] * 4 + [False, True, True, True]
