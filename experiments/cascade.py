@@ -195,11 +195,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         at.set_yticks(range(len(names)), names if at is axes[0] else [""] * len(names))
         at.set_ylim(len(names) - 0.5, -0.5)
     axes[0].set_xscale("log")
+    axes[0].minorticks_off()
+    floor = float(np.mean([base.value(row["floor"]) for row in rows]))
+    if floor > 0:  # of few clips it may not be
+        axes[0].axvline(floor, color=plots.INK, alpha=0.5, linewidth=0.8, linestyle=":")
+        axes[0].annotate(" real against real", (floor, -0.3), color=plots.INK, alpha=0.7, fontsize=7)
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(low, high * (high / low) ** 0.2)  # room for the paper's column
-    floor = float(np.mean([base.value(row["floor"]) for row in rows]))
-    axes[0].axvline(floor, color=plots.INK, alpha=0.5, linewidth=0.8, linestyle=":")
-    axes[0].annotate(" real against real", (floor, -0.3), color=plots.INK, alpha=0.7, fontsize=7)
     for y, paper in enumerate(papers):
         axes[0].annotate(f"{paper[0]:.0f}", (1.0, y), xycoords=("axes fraction", "data"), color=plots.PALETTE[1],
                          ha="right", va="center")  # fmt: skip
