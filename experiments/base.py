@@ -38,6 +38,7 @@ SMOKE: dict[str, Any] = {
     "evaluate.frames": 4,
     "evaluate.episodes": 4,
     "evaluate.envs": 4,
+    "dynamics.transformer.scan": True,
     "dynamics.transformer.width": 32,
     "dynamics.transformer.head_dim": 8,
     "dynamics.transformer.ffn": 48,

@@ -9,14 +9,12 @@ on other processors XLA rejects its own CPU entries with an error for each, or d
 """
 
 import os
-import sys
 
 # Before JAX is imported, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would take one for each core
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # Compiling makes the first example slow, whatever the example; derandomised, so that a failure is everybody's failure.
@@ -24,13 +22,3 @@ settings.register_profile(
     "dreamer4", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("dreamer4")
-
-
-@pytest.fixture(autouse=True)
-def compiler_as_it_was():
-    """An experiment's smoke size tells the compiler to do without most optimisations; other tests get them back."""
-    name, jax = "jax_disable_most_optimizations", sys.modules.get("jax")
-    before = jax.config.values[name] if jax else None
-    yield
-    if jax and jax.config.values[name] != before:
-        jax.config.update(name, before)

@@ -18,12 +18,15 @@ Results of the laptop size are committed: ``experiments/results/<name>/<name>.js
 """
 
 import argparse
+import atexit
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,18 +92,17 @@ class Study:
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where its trainings are kept (runs)")
         if add:
             add(parser)
+        command_line = argv is None
         argv = sys.argv[1:] if argv is None else list(argv)
         args = parser.parse_args(argv)
         args.seeds = args.seeds or self.seeds[: 1 if args.size == "smoke" else None]
         if len(set(args.seeds)) < len(args.seeds):
             parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands there twice")
+        if args.size == "smoke" and command_line:
+            _compile_fast()
         from dreamer4_jax.parallel import start
 
         start()
-        if args.size == "smoke":  # most of it is compiling, and nothing of it is measured
-            import jax
-
-            jax.config.update("jax_disable_most_optimizations", True)
         # The committed results are those of the laptop size; others lie elsewhere unless --out says so.
         default = {"smoke": args.runs / "smoke" / self.name, "laptop": RESULTS / self.name}
         out = args.out or default.get(args.size, RESULTS / f"{self.name}-{args.size}")
@@ -217,6 +219,21 @@ class Call:
         write_atomic(path, json.dumps(plain(tree), indent=1) + "\n")
         self.say(f"{path}\n{finding}")
         return path
+
+
+def _compile_fast() -> None:
+    """For the smoke size, most of which is compiling and of which nothing is measured: without optimising, and equal
+    programs once. It holds for the whole process, which must not have computed anything."""
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()  # unoptimised, they take two thirds of the compiler's time
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        kept = tempfile.TemporaryDirectory()
+        atexit.register(kept.cleanup)
+        jax.config.update("jax_compilation_cache_dir", kept.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def commit() -> str | None:

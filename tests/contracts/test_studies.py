@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 
-from dreamer4_jax.evaluation.study import SIZES, load, studies
+from dreamer4_jax.evaluation.study import ROOT, SIZES, load, studies
 
 
 def module(name):
@@ -36,6 +38,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", studies())
 def test_the_smoke_size_runs(name, tmp_path, runs):
-    module(name).main(["--size", "smoke", "--out", str(tmp_path / "out"), "--runs", str(runs)])
+    where = ["--out", str(tmp_path / "out"), "--runs", str(runs)]
+    subprocess.run([sys.executable, "-m", f"experiments.{name}", "--size", "smoke", *where], check=True, cwd=ROOT)
     tree = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert tree["rows"] and tree["finding"] and (tmp_path / "out" / tree["figure"]).exists()
