@@ -53,6 +53,7 @@ class Regression:
     nan_at: int | None = None
     sleep: float = 0.0
     width: int = 4
+    rows: int = 2
     seen: list[int] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
@@ -81,7 +82,9 @@ class Regression:
             rng = np.random.default_rng(step)
             frames = 6 if step % 4 == 3 else 3
             poison = np.float32(np.nan if step == self.nan_at else 0.0)
-            x, rows = rng.standard_normal((2, frames, self.width)).astype(np.float32), 2 // part[1]
+            assert self.rows % part[1] == 0
+            rows = self.rows // part[1]
+            x = rng.standard_normal((self.rows, frames, self.width)).astype(np.float32)
             yield {"x": x[part[0] * rows : (part[0] + 1) * rows], "poison": poison}
             step += 1
 
@@ -96,11 +99,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sleep", type=float, default=0.02)
     parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=1000)
     args = parser.parse_args()
     start()
     config = configs.preset("tiny")
-    phase = Regression(replace(TINY, steps=args.steps, save_every=args.save_every), sleep=args.sleep, width=args.width)
+    tiny = replace(TINY, steps=args.steps, save_every=args.save_every)
+    phase = Regression(tiny, sleep=args.sleep, width=args.width, rows=args.rows)
     run_dir = open_run(args.run_dir, config, resume=True)
     try:
         run_phase(phase, config=config, run_dir=run_dir, seed=0, resume=True, mesh=make_mesh(), rules=Rules(min_size=0))
