@@ -79,7 +79,10 @@ class Study:
         *,
         add: Callable[[argparse.ArgumentParser], Any] | None = None,
     ) -> "Call":
-        """Reads the command line and starts JAX. `doc`: the module's docstring; `add` adds options of its own."""
+        """Reads the command line and starts JAX. `doc`: the module's docstring; `add` adds options of its own.
+
+        Without `argv` this is a command, whose process is its own, and the smoke size compiles in haste.
+        """
         parser = argparse.ArgumentParser(
             prog=f"python -m experiments.{self.name}",
             description=doc,
@@ -92,13 +95,12 @@ class Study:
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where its trainings are kept (runs)")
         if add:
             add(parser)
-        command_line = argv is None
-        argv = sys.argv[1:] if argv is None else list(argv)
+        alone, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
         args = parser.parse_args(argv)
         args.seeds = args.seeds or self.seeds[: 1 if args.size == "smoke" else None]
         if len(set(args.seeds)) < len(args.seeds):
             parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands there twice")
-        if args.size == "smoke" and command_line:
+        if args.size == "smoke" and alone:
             _compile_fast()
         from dreamer4_jax.parallel import start
 
@@ -229,7 +231,7 @@ def _compile_fast() -> None:
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         kept = tempfile.TemporaryDirectory()
         atexit.register(kept.cleanup)
         jax.config.update("jax_compilation_cache_dir", kept.name)

@@ -1,6 +1,6 @@
 """Does more bootstrapping, or a finer ladder of step sizes, make the one-step world model better?
 
-    dreamer4 sweep shortcut_steps                  # 9 trials of about 2 minutes each, one on every core
+    dreamer4 sweep shortcut_steps                  # 9 trials of about 3 minutes each, one on every core
     dreamer4 sweep shortcut_steps --dry-run        # shows their commands
     dreamer4 sweep shortcut_steps --report         # the page again, also while it runs
 
