@@ -2,7 +2,7 @@
 
     python -m experiments.attention_scaling                  # 15 minutes on 2 cores, most of it trainings
     python -m experiments.attention_scaling --scaling-only   # 4 minutes: no trainings
-    python -m experiments.attention_scaling --size smoke     # under a minute
+    python -m experiments.attention_scaling --size smoke     # a minute and a half, on 2 cores
 
 Three layouts of the same four layers: dense block-causal attention in each (the baseline of paper Table 2), space and
 time by turns, and the paper's time layer every fourth. FLOPs and memory are those of the compiled gradient of one

@@ -2,7 +2,7 @@
 
     python -m experiments.step_count --run runs/quickstart-full-seed0  # 70 minutes on a core; phases 1 and 2 are there
     python -m experiments.step_count                # 25 minutes on 2 cores (estimated), after `make quickstart`
-    python -m experiments.step_count --size smoke   # two minutes
+    python -m experiments.step_count --size smoke   # about four minutes
 
 Takes a run and trains three models beside its shortcut model, of the same size, on the same data and for as many steps:
 diffusion forcing, and both with the network predicting v in place of x, as the paper's baseline does (Table 2, first

@@ -1,7 +1,7 @@
 """Is the world model a transition graph? FrozenLake, learned from random play and compared edge by edge with its table.
 
     python -m experiments.transition_graph                 # about 15 minutes on 2 cores
-    python -m experiments.transition_graph --size smoke    # under a minute: shows that it runs
+    python -m experiments.transition_graph --size smoke    # two minutes: shows that it runs
 
 Gymnasium's slippery 4 x 4 lake: 13 states that look different (the four holes look, and are, the same), 4 actions, each
 of which goes where it should or to either side with probability 1/3. The world model sees 64 x 64 pictures of random
