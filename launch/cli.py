@@ -1,8 +1,9 @@
 """`dreamer4 launch`: arguments to a RunSpec, checked before anything is started or paid for, then a backend."""
 
 import argparse
+from typing import Any
 
-from dreamer4_jax.config import ConfigError
+from dreamer4_jax.config import Config, ConfigError
 from launch.spec import RunSpec
 
 BACKENDS = {
@@ -42,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="of the run and of what is created for it (<experiment>-seed<seed>)")
     parser.add_argument("--output", default="runs", metavar="DIR", help="holds the run directory: a path, or gs://...")
+    add_cloud_arguments(parser)
+    local = parser.add_argument_group("local")
+    local.add_argument("--processes", type=int, default=1, help="processes, joined like the hosts of a pod (1)")
+    local.add_argument("--devices-per-process", type=int, default=1, help="CPU devices of each (1)")
+
+
+def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where in the cloud, for a run as for a sweep; `cloud_fields` reads it."""
     parser.add_argument("--mesh", default="", metavar="SIZES", help="mesh over all devices, e.g. data=16,ctx=4")
     parser.add_argument("--retries", type=int, default=10, help="restarts after interruptions (10; skypilot: any)")
     cloud = parser.add_argument_group("cloud")
@@ -62,9 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cloud.add_argument(
         "--label", action="append", default=[], metavar="KEY=VALUE", help="on what is created (may be repeated)"
     )
-    local = parser.add_argument_group("local")
-    local.add_argument("--processes", type=int, default=1, help="processes, joined like the hosts of a pod (1)")
-    local.add_argument("--devices-per-process", type=int, default=1, help="CPU devices of each (1)")
+
+
+def cloud_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `RunSpec` that `add_cloud_arguments` asks for.
+
+    Raises:
+        ConfigError: a label that is none.
+    """
+    labels = dict(item.partition("=")[::2] for item in args.label)
+    if "" in labels or any("=" not in item for item in args.label):
+        raise ConfigError(f"--label {' '.join(args.label)}: write it as key=value")
+    names = ("mesh", "retries", "accelerator", "slices", "spot", "project", "zone", "service_account")
+    return {name: getattr(args, name) for name in (*names, "cluster", "image", "archive")} | {"labels": labels}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,26 +91,22 @@ def main(args: argparse.Namespace) -> int:
     spec = make_spec(args)
     check(spec, args.backend, args.action)
     if args.check:
-        _check_fits(spec, args)
+        from dreamer4_jax.cli import resolve
+
+        check_fits(spec, resolve(args.experiment, args.size, args.seed, args.overrides))
     if args.backend == "local":
         return _local(spec, args)
-    from launch import queued, render
+    from launch import backends, queued, render
     from launch.cloud import Cloud
 
     cloud = Cloud(dry_run=args.dry_run)
     if args.backend == "tpu":
         return queued.launch(spec, cloud) if args.action == "run" else queued.act(args.action, spec, cloud)
-    argv = {"jobset": render.kubectl, "xpk": render.xpk, "skypilot": render.sky}[args.backend](args.action, spec)
-    if args.action != "run":
-        return cloud.show(argv)
-    if args.backend == "jobset":
-        print(cloud.output(argv, stdin=render.to_yaml(render.jobset(spec))), end="")
-        return 0
-    if args.backend == "skypilot":
-        task = render.to_yaml(render.skypilot(spec))  # it may be refused: before anything is done
-        cloud.output(["mkdir", "-p", render.SCRATCH])
-        cloud.output(["tee", render.task_file(spec)], stdin=task)
-    return cloud.show(argv)
+    if args.action == "run":
+        return backends.submit(args.backend, spec, cloud)
+    return cloud.show(
+        {"jobset": render.kubectl, "xpk": render.xpk, "skypilot": render.sky}[args.backend](args.action, spec)
+    )
 
 
 def _local(spec: RunSpec, args: argparse.Namespace) -> int:
@@ -108,13 +123,16 @@ def _local(spec: RunSpec, args: argparse.Namespace) -> int:
     return local.run(spec)
 
 
-def _check_fits(spec: RunSpec, args: argparse.Namespace) -> None:
+def check_fits(spec: RunSpec, config: Config) -> None:
+    """Compiles a run's programs for its accelerator, and prints what they take there.
+
+    Raises:
+        UserError: it does not fit, or there is no accelerator to compile for.
+    """
     from dreamer4_jax.aot_cli import check_fits
-    from dreamer4_jax.cli import resolve
 
     if not spec.accelerator:
         raise ConfigError("--check compiles for a TPU: name one with --accelerator, e.g. v5litepod-16")
-    config = resolve(args.experiment, args.size, args.seed, args.overrides)
     for report in check_fits(config, spec.accelerator, slices=spec.slices, mesh=spec.mesh):
         print(f"# {report.program}: {report.peak / 2**30:.2f} of {report.limit / 2**30:.2f} GiB on each device")
 
@@ -128,30 +146,16 @@ def make_spec(args: argparse.Namespace) -> RunSpec:
     from dreamer4_jax.cli import resolve
 
     config = resolve(args.experiment, args.size, args.seed, args.overrides)
-    labels = dict(item.partition("=")[::2] for item in args.label)
-    if "" in labels or any("=" not in item for item in args.label):
-        raise ConfigError(f"--label {' '.join(args.label)}: write it as key=value")
     return RunSpec(
         name=args.name or f"{config.name}-seed{args.seed}".lower().replace("_", "-"),
         experiment=args.experiment,
         size=args.size,
         seed=args.seed,
         overrides=tuple(args.overrides),
-        mesh=args.mesh,
         output=args.output,
-        accelerator=args.accelerator,
-        slices=args.slices,
-        spot=args.spot,
-        retries=args.retries,
-        project=args.project,
-        zone=args.zone,
-        service_account=args.service_account,
-        cluster=args.cluster,
-        image=args.image,
-        archive=args.archive,
         processes=args.processes,
         devices_per_process=args.devices_per_process,
-        labels=labels,
+        **cloud_fields(args),
     )
 
 

@@ -44,7 +44,9 @@ class Process:
         self._log, self._log_start = log, log.stat().st_size if log.exists() else 0
         self._told: float | None = None
         self._size = 0
-        self._process = _context.Process(target=_child, args=(backend, trial.spec, log), name=trial.name)
+        self._process = _context.Process(
+            target=_child, args=(backend, trial.spec, log, dict(os.environ)), name=trial.name
+        )
         self._process.start()
         self.sentinel = self._process.sentinel
 
@@ -72,8 +74,10 @@ class Process:
             return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
 
 
-def _child(backend: Backend, spec: RunSpec, log: Path) -> None:
+def _child(backend: Backend, spec: RunSpec, log: Path, environment: dict[str, str]) -> None:
     """The main function of a trial's process."""
+    os.environ.clear()  # it is forked from a server, which may be older than the environment of today
+    os.environ.update(environment)
     os.setsid()  # Ctrl-C at a terminal reaches the sweep alone, which passes it on: a second one would end the run
     threading.Thread(target=_follow_parent, daemon=True).start()
     # A sweep that was killed may have left a run that is still saving. It holds the lock of its log, as does every

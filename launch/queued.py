@@ -49,13 +49,24 @@ def launch(spec: RunSpec, cloud: Cloud, *, poll_s: float = 30.0) -> int:
             cloud.output(argv)
         return 0
     try:
-        return _live(spec, cloud, poll_s)
+        code, what = run_to_end(spec, cloud, poll_s)
     except KeyboardInterrupt:
         _say("left alone; the same command line comes back to it, --action stop and --action delete end it")
         return 130
+    if code:
+        _say(f"{what}; the machines are kept and cost money: --action delete gives them back")
+    else:
+        _say(f"{what}; the machines are given back")
+        cloud.output(render.delete(spec))
+    return code
 
 
-def _live(spec: RunSpec, cloud: Cloud, poll_s: float) -> int:
+def run_to_end(spec: RunSpec, cloud: Cloud, poll_s: float) -> tuple[int, str]:
+    """Finds or asks for machines, runs, and restarts after interruptions, up to `spec.retries` times.
+
+    Returns:
+        The run's exit code, and how it ended, in words. The machines are still there.
+    """
     for attempt in range(spec.retries + 1):
         if attempt:
             _say(f"restart {attempt} of {spec.retries}: the run resumes from its last checkpoint")
@@ -66,23 +77,14 @@ def _live(spec: RunSpec, cloud: Cloud, poll_s: float) -> int:
             continue
         code = cloud.show(render.run(spec))
         if code == 0:
-            _say("finished; the machines are given back")
-            cloud.output(render.delete(spec))
-            return 0
+            return 0, "finished"
         if code == remote.STOPPED:
-            _kept("stopped on request")
-            return INTERRUPTED
+            return INTERRUPTED, "stopped on request"
         now = state(spec, cloud)
         if now == "ACTIVE" and not retryable(code):
-            _kept(f"failed with exit code {code}")
-            return code
+            return code, f"failed with exit code {code}"
         _say(f"interrupted (exit code {code}, {now or 'deleted'})")
-    _kept(f"interrupted more often than --retries {spec.retries} allows")
-    return INTERRUPTED
-
-
-def _kept(what: str) -> None:
-    _say(f"{what}; the machines are kept and cost money: --action delete gives them back")
+    return INTERRUPTED, f"interrupted more often than --retries {spec.retries} allows"
 
 
 def state(spec: RunSpec, cloud: Cloud) -> str | None:

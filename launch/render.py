@@ -216,16 +216,22 @@ def jobset(spec: RunSpec) -> dict[str, Any]:
 
 
 def kubectl(action: str, spec: RunSpec) -> Argv:
-    """kubectl for an action on the JobSet. `run` reads the manifest from standard input."""
+    """kubectl for an action on the JobSet. `run` reads the manifest from standard input.
+
+    `describe` prints it as JSON, or nothing; `output` the end of the first pod's output.
+    """
     pods = f"jobset.sigs.k8s.io/jobset-name={spec.name}"
     first = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     return {
         "run": ["kubectl", "create", "-f", "-"],
         "status": ["kubectl", "get", "pods", f"--selector={pods}", "--output=wide"],
+        "describe": ["kubectl", "get", "jobset", spec.name, "--ignore-not-found", "--output=json"],
         "logs": ["kubectl", "logs", "--follow", "--tail=100", f"--selector={pods},{first}"],
+        "output": ["kubectl", "logs", "--tail=100", f"--selector={pods},{first}"],
         # The pods get SIGTERM and save. Undone by the same patch with false.
         "stop": ["kubectl", "patch", "jobset", spec.name, "--type=merge", '--patch={"spec": {"suspend": true}}'],
-        "delete": ["kubectl", "delete", "jobset", spec.name],
+        # Foreground: it returns when the pods have saved and ended.
+        "delete": ["kubectl", "delete", "jobset", spec.name, "--cascade=foreground"],
     }[action]
 
 
@@ -294,12 +300,17 @@ def task_file(spec: RunSpec) -> str:
     return f"{SCRATCH}/{spec.name}.yaml"
 
 
-def sky(action: str, spec: RunSpec) -> Argv:
-    """sky for an action on the managed job. `run` reads `task_file`."""
+def sky(action: str, spec: RunSpec, job: int | None = None) -> Argv:
+    """sky for an action on the managed job. `run` reads `task_file`.
+
+    `describe` prints all jobs as JSON; `output` the output of the job of this number, which may have ended.
+    """
     return {
         "run": ["sky", "jobs", "launch", "--yes", "--detach-run", task_file(spec)],
         "status": ["sky", "jobs", "queue"],
+        "describe": ["sky", "jobs", "queue", "--all", "--output=json"],
         "logs": ["sky", "jobs", "logs", "--name", spec.name],
+        "output": ["sky", "jobs", "logs", "--no-follow", str(job)],
         # A cancelled job gives its machines back; the run is resumed by launching it again.
         "stop": ["sky", "jobs", "cancel", "--yes", "--name", spec.name],
         "delete": ["sky", "jobs", "cancel", "--yes", "--name", spec.name],

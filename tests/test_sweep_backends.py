@@ -1,0 +1,310 @@
+"""Sweeps whose trials run in the cloud, against stand-ins of its tools: they end as here, and nothing is left."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dreamer4_jax.cli import main
+from launch.algebra import product, values
+from launch.backends import LIVES, Remote
+from launch.spec import RunSpec
+from launch.sweep import SweepInterrupted, run
+from launch.sweep_file import Sweep, trial_name
+from launch.sweep_records import Records
+from tests import cloud_stand_in, fake_backend
+from tests.cloud_stand_in import left, transcript
+from tests.test_sweep_run import LOSS, LR, SCORE, by_rate, grid, until
+
+WHERE = RunSpec(
+    "sweep",
+    "tiny",
+    output="gs://b/sweeps/sweep",
+    accelerator="v5litepod-16",
+    archive="gs://b/c.tar.gz",
+    image="gcr.io/p/dreamer4",
+    cluster="c",
+    retries=3,
+)
+BACKENDS = tuple(LIVES)
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch) -> Path:
+    """A cloud of its own for the test; the sweep directory is `cloud.parent / "sweep"`."""
+    here = tmp_path / "cloud"
+    cloud_stand_in.install(here)
+    (here / "bucket" / "b" / "sweeps").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    return here
+
+
+def go(backend: str, sweep: Sweep, directory: Path, **options) -> Records:
+    remote = Remote(backend, WHERE, follow=sweep.prune is not None, poll_s=0.05)
+    return run(sweep, directory, backend=remote, poll=0.02, **{"jobs": 1, **options})
+
+
+def plan(cloud: Path, **what) -> None:
+    (cloud / "bucket" / "b" / "sweeps" / "plan.json").write_text(json.dumps(what))
+
+
+def in_bucket(cloud: Path, rate: float) -> Path:
+    spec = Remote("tpu", WHERE).spec(RunSpec(trial_name("tiny", {LR: rate})))
+    return cloud / "bucket" / "b" / "sweeps" / "sweep" / spec.name
+
+
+def steps(cloud: Path, rate: float) -> list[int]:
+    path = in_bucket(cloud, rate) / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def starts(cloud: Path, *rates: float) -> list[int]:
+    return [len((in_bucket(cloud, rate) / "starts").read_text()) for rate in rates]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trials_end_as_they_do_here_and_nothing_is_left(backend, cloud, tmp_path):
+    sweep, directory = grid(0.1, 0.2, 0.3), tmp_path / "sweep"
+    plan(cloud, fail=[0.2])
+    records = go(backend, sweep, directory, jobs=3)
+    found = by_rate(directory)
+    assert {rate: r["state"] for rate, r in found.items()} == {0.1: "finished", 0.2: "failed", 0.3: "finished"}
+    assert found[0.2]["log"][-2:] == ["starting", "loss is not finite at 0.2"]  # of the run on its machine
+    assert found[0.2]["code"] == (3 if backend == "tpu" else 1)
+    for rate in (0.1, 0.3):
+        copy = directory / found[rate]["name"]
+        assert SCORE.value(copy) == (1 - rate, 0.9 - rate, 1.1 - rate)
+        assert (copy / "metrics.jsonl").read_bytes() == (in_bucket(cloud, rate) / "metrics.jsonl").read_bytes()
+    assert records.count("finished") == 2 and left(cloud) == []
+
+    plan(cloud)
+    commands = len(transcript(cloud))
+    assert go(backend, sweep, directory).count("finished") == 3
+    assert starts(cloud, 0.1, 0.2, 0.3) == [1, 2, 1] and steps(cloud, 0.2) == list(range(1, fake_backend.STEPS + 1))
+    assert left(cloud) == []
+    others = {in_bucket(cloud, rate).name for rate in (0.1, 0.3)}
+    assert not any(name in " ".join(argv) for argv in transcript(cloud)[commands:] for name in others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interrupted_trial_saves_gives_back_its_machines_and_goes_on(backend, cloud, tmp_path):
+    sweep, directory = grid(0.1, 0.2), tmp_path / "sweep"
+    plan(cloud, wait={"0.2": 4})
+
+    def interrupt():
+        until(lambda: steps(cloud, 0.2)[-1:] == [4])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(SweepInterrupted, match="1 of 2"):
+        go(backend, sweep, directory)
+    thread.join()
+    assert by_rate(directory)[0.2]["state"] == "interrupted" and by_rate(directory)[0.2]["code"] == 42
+    assert left(cloud) == []
+    # SkyPilot takes the machines without a word; the others are told and save.
+    ended = (cloud / in_bucket(cloud, 0.2).name / "exit").read_text()
+    assert ended == ("137" if backend == "skypilot" else "42")
+    plan(cloud)
+    assert go(backend, sweep, directory).count("finished") == 2
+    assert starts(cloud, 0.1, 0.2) == [1, 2] and steps(cloud, 0.2) == list(range(1, fake_backend.STEPS + 1))
+    assert left(cloud) == []
+
+
+def kill_all(root: int, but: int) -> None:
+    """kill -9 to a process and all below it, none of which sees another one die."""
+    stopped: set[int] = set()
+    while True:
+        lines = subprocess.run(
+            ["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        parents = dict(map(int, line.split()) for line in lines[1:])
+        found = {root}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        if not (new := found - stopped - {but}):
+            break
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        stopped |= new
+    for pid in stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_dead_machine_left_is_found_and_followed(backend, cloud, tmp_path):
+    """kill -9 to the sweep and its trial at once, as when a laptop's battery ends: the run goes on, and is found."""
+    directory = tmp_path / "sweep"
+    plan(cloud, wait={"0.2": 4})
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path; from tests.test_sweep_backends import go, grid\n"
+        f"if __name__ == '__main__': go({backend!r}, grid(0.2), Path({str(directory)!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    until(lambda: steps(cloud, 0.2)[-1:] == [4])
+    kill_all(process.pid, but=int((cloud / in_bucket(cloud, 0.2).name / "pid").read_text()))
+    process.wait()
+    assert left(cloud) == [in_bucket(cloud, 0.2).name]
+    commands = len(transcript(cloud))
+
+    def end():
+        until(lambda: (cloud / in_bucket(cloud, 0.2).name / "found").exists() or len(transcript(cloud)) > commands + 8)
+        (cloud / "bucket" / "b" / "sweeps" / "go").touch()
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert go(backend, grid(0.2), directory).count("finished") == 1
+    thread.join()
+    assert starts(cloud, 0.2) == [1] and left(cloud) == []
+
+
+def test_a_killed_sweep_stops_its_trials(cloud, tmp_path):
+    directory = tmp_path / "sweep"
+    plan(cloud, wait={"0.2": 4})
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path; from tests.test_sweep_backends import go, grid\n"
+        f"if __name__ == '__main__': go('tpu', grid(0.2), Path({str(directory)!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    until(lambda: steps(cloud, 0.2)[-1:] == [4])
+    process.kill()
+    process.wait()
+    until(lambda: left(cloud) == [])
+    assert (cloud / in_bucket(cloud, 0.2).name / "exit").read_text() == "42"
+
+
+def test_a_bad_trial_is_judged_by_what_is_copied_and_stopped(cloud, tmp_path):
+    directory, rates = tmp_path / "sweep", (0.1, 0.2, 0.3, 0.4, 0.9)
+    plan(cloud, wait={"0.9": 9})
+    sweep = grid(*rates, prune=LOSS)
+    sweep = replace(sweep, grid=tuple(product(list(sweep.grid), values("train.dynamics.steps", fake_backend.STEPS))))
+    go("tpu", sweep, directory)
+    states = {rate: record["state"] for rate, record in by_rate(directory).items()}
+    assert states == dict.fromkeys(rates, "finished") | {0.9: "pruned"}
+    assert left(cloud) == []
+    pruned = directory / by_rate(directory)[0.9]["name"]
+    assert LOSS.curve(pruned) and not (pruned / "results.json").exists()
+
+
+@pytest.mark.parametrize("verbs", ["create", "describe delete rsync", "rsync rsync rsync"])
+def test_a_network_that_is_gone_for_a_while_ends_nothing(verbs, cloud, tmp_path):
+    (cloud / "broken").write_text(verbs)
+    assert go("tpu", grid(0.1), tmp_path / "sweep").count("finished") == 1
+    assert starts(cloud, 0.1) == [1] and left(cloud) == [] and (cloud / "broken").read_text() == ""
+    assert "the network was gone; once more in" in next((tmp_path / "sweep" / "logs").iterdir()).read_text()
+
+
+def test_machines_that_could_not_be_given_back_are_named(cloud, tmp_path):
+    (cloud / "broken").write_text("delete " * 99)
+    assert go("tpu", grid(0.1), tmp_path / "sweep").count("failed") == 1
+    (name,) = left(cloud)
+    log = by_rate(tmp_path / "sweep")[0.1]["log"]
+    assert any(f"{name} could not be given back, and may cost money: gcloud" in line for line in log)
+    (cloud / "broken").unlink()
+    assert go("tpu", grid(0.1), tmp_path / "sweep").count("finished") == 1
+    assert left(cloud) == []
+
+
+def test_sweeps_do_not_share_machines():
+    trial, other = RunSpec(trial_name("tiny", {LR: 0.1})), replace(WHERE, output="gs://b/sweeps/other")
+    names = {Remote("tpu", where).spec(trial).name for where in (WHERE, other)}
+    assert len(names) == 2 and names == {Remote("tpu", where).spec(trial).name for where in (WHERE, other)}
+    longest = RunSpec(
+        trial_name("An_experiment with a very long name, longer than any", {}), "tiny", "smoke", 3, ("a=1",)
+    )
+    spec = Remote("tpu", WHERE).spec(longest)
+    assert len(spec.name) <= 40 and (spec.experiment, spec.size, spec.seed, spec.overrides) == (
+        "tiny",
+        "smoke",
+        3,
+        ("a=1",),
+    )
+    assert spec.directory == f"gs://b/sweeps/sweep/{spec.name}" and spec.accelerator == "v5litepod-16"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+ARGS = {
+    "tpu": ["--accelerator", "v5e-16", "--archive", "gs://b/c.tar.gz", "--bucket", "gs://b/sweeps"],
+    "jobset": ["--accelerator", "v5e-16", "--image", "i", "--bucket", "gs://b/sweeps"],
+    "xpk": ["--accelerator", "v5e-16", "--image", "i", "--cluster", "c", "--bucket", "gs://b/sweeps"],
+    "skypilot": ["--accelerator", "v5e-16", "--archive", "gs://b/c.tar.gz", "--bucket", "gs://b/sweeps"],
+}
+
+
+@pytest.fixture
+def file(cloud, tmp_path) -> str:
+    (tmp_path / "mine.py").write_text(
+        f"from launch.algebra import values\nfrom launch.metric import Metric\nEXPERIMENT = 'tiny'\n"
+        f"SWEEP = values({LR!r}, 0.1, 0.2)\nMETRIC = Metric({SCORE.path!r}, 'max')\n"
+    )
+    return "mine.py"
+
+
+def without(argv: list[str], option: str) -> list[str]:
+    at = argv.index(option)
+    return argv[:at] + argv[at + 2 :]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dry_run_prints_the_commands_of_every_trial(backend, file, cloud, tmp_path, capsys):
+    assert main(["sweep", file, "--backend", backend, *ARGS[backend], "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for rate in (0.1, 0.2):
+        assert out.count(f"--seed 0 {LR}={rate}") == 1 or out.count(f"- {LR}={rate}\n") == 1
+        name = trial_name("tiny", {LR: rate})
+        assert f"runs/sweep-mine/{name}\n" in out  # the copy
+        copy = next(shlex.split(line) for line in out.splitlines() if line.endswith(f"runs/sweep-mine/{name}"))
+        assert copy[:3] == ["gcloud", "storage", "rsync"] and copy[3].startswith("gs://b/sweeps/sweep-mine/tiny-")
+    assert transcript(cloud) == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--accelerator", "v5e-16"], "--backend local: trials run on this machine"),
+        (["--mesh", "data=2"], "--backend local: trials run on this machine"),
+        (["--check"], "--check compiles for a TPU"),
+        (["--backend", "tpu", *without(ARGS["tpu"], "--bucket")], "--backend tpu needs --bucket"),
+        (["--backend", "tpu", *ARGS["tpu"], "--bucket", "runs"], "needs a bucket"),
+        (["--backend", "tpu", *without(ARGS["tpu"], "--accelerator")], "--backend tpu needs --accelerator"),
+        (["--backend", "tpu", *ARGS["tpu"], "--mesh", "data=8"], "multiply to 8, but there are 16 devices"),
+        (["--backend", "tpu", *ARGS["tpu"], "--accelerator", "tpu7x-8"], "GKE alone"),
+        (["--backend", "tpu", *ARGS["tpu"], "--label", "team"], "--label team: write it as key=value"),
+        (["--backend", "xpk", *without(ARGS["xpk"], "--cluster")], "--backend xpk needs --cluster"),
+        (["--backend", "skypilot", *ARGS["skypilot"], "--slices", "2"], "no slices"),
+    ],
+)
+def test_refused_before_anything_is_started(argv, message, file, cloud, tmp_path, capsys):
+    assert main(["sweep", file, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dreamer4: ") and message in err
+    assert transcript(cloud) == [] and not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_by_its_command(file, cloud, tmp_path, capsys):
+    """Everything but the time between two looks: the report is written from what was copied."""
+    assert main(["sweep", file, "--backend", "tpu", *ARGS["tpu"], "--jobs", "2"]) == 0
+    page = Path(capsys.readouterr().out.strip().splitlines()[-1])
+    assert page == Path("runs/sweep-mine/sweep.html") and page.exists()
+    rows = (page.parent / "results.csv").read_text().splitlines()
+    assert len(rows) == 3 and [row.split(",")[1] for row in rows[1:]] == ["finished", "finished"]
+    assert left(cloud) == []
