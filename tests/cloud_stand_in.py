@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 TOOLS = ("gcloud", "kubectl", "xpk", "sky")
 
 
@@ -27,7 +29,8 @@ def install(folder: Path) -> None:
     (folder / "bucket").mkdir(parents=True)
     for tool in TOOLS:
         path = folder / tool
-        code = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        # -IS starts three times as fast, which adds up; it leaves out where packages are
+        code = f"#!{sys.executable} -IS\nimport sys\nsys.path[:0] = {[str(ROOT), sysconfig.get_paths()['purelib']]}\n"
         path.write_text(f"{code}from tests.cloud_stand_in import main\nmain(sys.argv)\n")
         path.chmod(0o755)
 
@@ -85,7 +88,7 @@ def start(here: Path, name: str, command: str) -> Path:
     with (room / "log").open("w") as log:
         child = subprocess.Popen(
             [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
