@@ -21,6 +21,8 @@ Backend = Callable[[RunSpec], int]  # runs to the end and returns the exit code;
 LOG_LINES = 20  # of a failed trial, in its record
 # A process that is forked from this one would inherit the locks of its threads.
 _context = multiprocessing.get_context("forkserver")
+# What every trial imports, most of it JAX, which none of these processes computes with: once instead of each time.
+_context.set_forkserver_preload(["launch.sweep", "launch.backends"])
 
 
 @dataclass(frozen=True)
