@@ -291,6 +291,12 @@ class Remote:
             overrides=trial.overrides,
         )
 
+    def require_tools(self) -> None:
+        """Raises `UserError` if a tool that trials will need is not installed."""
+        Cloud.require(
+            "gcloud", *{"jobset": ("kubectl",), "xpk": ("kubectl", "xpk"), "skypilot": ("sky",)}.get(self.name, ())
+        )
+
     def refuse(self, trial: RunSpec) -> None:
         """Raises `ConfigError` if the backend cannot run such a trial."""
         with contextlib.redirect_stdout(io.StringIO()):

@@ -70,6 +70,12 @@ class Cloud:
         if code := self.show(argv):
             raise CommandFailed(argv, code, "")
 
+    @staticmethod
+    def require(*tools: str) -> None:
+        """Raises `UserError` naming the first of the tools that is not installed."""
+        for tool in tools:
+            Cloud._tool([tool])
+
     def _printed(self, argv: Sequence[str], stdin: str = "") -> bool:
         if self.dry_run:
             print(shell_text(argv, stdin), flush=True)

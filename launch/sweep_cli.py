@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
     failed = 0
     if not args.report:
         if remote:
+            remote.require_tools()
             records = sweeps.run(sweep, directory, jobs=args.jobs or 1, limit=args.limit, backend=remote)
         else:
             records = sweeps.run(sweep, directory, jobs=args.jobs, limit=args.limit)

@@ -300,6 +300,16 @@ def test_refused_before_anything_is_started(argv, message, file, cloud, tmp_path
     assert transcript(cloud) == [] and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tool_that_is_not_there_is_said_before_anything_is_started(backend, file, cloud, monkeypatch, capsys):
+    missing = {"tpu": "gcloud", "jobset": "kubectl", "xpk": "xpk", "skypilot": "sky"}[backend]
+    monkeypatch.setenv("PATH", str(cloud))
+    (cloud / missing).unlink()
+    assert main(["sweep", file, "--backend", backend, *ARGS[backend]]) == 2
+    assert capsys.readouterr().err.startswith(f"dreamer4: {missing}: not found; install")
+    assert transcript(cloud) == [] and not Path("runs").exists()
+
+
 def test_a_sweep_by_its_command(file, cloud, tmp_path, capsys):
     """Everything but the time between two looks: the report is written from what was copied."""
     assert main(["sweep", file, "--backend", "tpu", *ARGS["tpu"], "--jobs", "2"]) == 0
