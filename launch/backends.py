@@ -12,10 +12,9 @@ import hashlib
 import io
 import json
 import re
-import signal
-import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import TypeVar
 from dreamer4_jax.config import UserError
 from launch import queued, render
 from launch.cloud import Cloud, CommandFailed
+from launch.process import Terminated, Termination
+from launch.queued import say
 from launch.spec import INTERRUPTED, RunSpec
 
 T = TypeVar("T")
@@ -44,62 +45,11 @@ def submit(backend: str, spec: RunSpec, cloud: Cloud) -> int:
     return cloud.show(render.sky("run", spec))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A trial's process is told to end by SIGTERM
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-class _Termination:
-    """Turns SIGTERM into `_Terminated` where it may be heard; elsewhere it waits until it may."""
-
-    def __init__(self) -> None:
-        self._heard, self._shields, self._pending = False, 0, False
-
-    def __enter__(self) -> "_Termination":
-        self._before = signal.signal(signal.SIGTERM, self._arrived)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _arrived(self, *_: object) -> None:
-        self._pending = True
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._pending and self._heard and not self._shields:
-            self._pending = False
-            raise _Terminated
-
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Lets a signal end the block."""
-        self._heard = True
-        try:
-            self._raise()
-            yield
-        finally:
-            self._heard = False
-
-    @contextlib.contextmanager
-    def shield(self) -> Iterator[None]:
-        """Lets a part of such a block be done to its end first."""
-        self._shields += 1
-        try:
-            yield
-        finally:
-            self._shields -= 1
-        self._raise()
-
-
 @dataclass(frozen=True)
 class _Cloud(Cloud):
     """Ends every short command: of one that was cut off nobody knows whether it has asked for machines."""
 
-    termination: _Termination = field(default_factory=_Termination)
+    termination: Termination = field(default_factory=Termination)
 
     def output(self, argv: Sequence[str], *, stdin: str = "") -> str:
         with self.termination.shield():
@@ -111,25 +61,26 @@ class _Cloud(Cloud):
 
 
 @dataclass(frozen=True)
-class _Life:
+class _Life(ABC):
     spec: RunSpec
     cloud: _Cloud
     poll_s: float
 
+    @abstractmethod
     def run(self) -> int:
         """Starts the run, or finds it, and waits for its end; returns its exit code."""
-        raise NotImplementedError
 
     def stop(self) -> None:
-        """Asks it to save and end, and waits until it has."""
+        """Asks it to save and end, and waits until it has; nothing to do where `release` does that."""
+        return
 
+    @abstractmethod
     def release(self) -> None:
         """Gives back what is left of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self) -> None:
         """With a cloud that prints: the commands of a life without incident, in their order."""
-        raise NotImplementedError
 
 
 class _Queued(_Life):
@@ -138,7 +89,7 @@ class _Queued(_Life):
     def run(self) -> int:
         code, what = queued.run_to_end(self.spec, self.cloud, self.poll_s)
         if code == INTERRUPTED:  # after a mistake the run's own last line says more
-            _say(what)
+            say(what)
         return code
 
     def stop(self) -> None:
@@ -153,7 +104,7 @@ class _Queued(_Life):
 
 
 class _JobSet(_Life):
-    """A JobSet on GKE. `stop` has nothing to do: when it is removed its pods get SIGTERM and the time to save."""
+    """A JobSet on GKE. When it is removed its pods get SIGTERM, and the time to save."""
 
     backend = "jobset"
 
@@ -316,18 +267,18 @@ class Remote:
         """
         spec = self.spec(trial)
         Path(trial.directory).mkdir(parents=True, exist_ok=True)
-        with _Termination() as termination:
+        with Termination() as termination:
             cloud = _Cloud(termination=termination)
             life = LIVES[self.name](spec, cloud, self.poll_s)
             try:
                 with termination.heard(), _followed(spec, trial, self.poll_s if self.follow else None):
                     code = self._again(life.run)
-            except _Terminated:
+            except Terminated:
                 code = INTERRUPTED
                 _stop(life, termination)
             except UserError as error:
                 code = 2
-                _say(error)
+                say(error)
             finally:
                 try:
                     self._again(life.release)
@@ -338,7 +289,7 @@ class Remote:
             except UserError as error:
                 if code == 0:
                     raise UserError(f"{spec.directory} is complete but could not be copied: {error}") from error
-                _say(error)  # a run that ended early may have nothing
+                say(error)  # a run that ended early may have nothing
         return code
 
     def _again(self, what: Callable[[], T]) -> T:
@@ -349,24 +300,20 @@ class Remote:
             except CommandFailed as error:
                 if tries == TRIES:
                     raise
-                _say(f"{error}; once more in {self.poll_s:.0f} s")
+                say(f"{error}; once more in {self.poll_s:.0f} s")
                 time.sleep(self.poll_s)
         raise AssertionError
 
 
-def _say(what: object) -> None:
-    print(f"dreamer4: {what}", file=sys.stderr, flush=True)
-
-
-def _stop(life: _Life, termination: _Termination) -> None:
+def _stop(life: _Life, termination: Termination) -> None:
     """Lets a run save before it is removed; not if a second signal arrives, or a tool fails."""
     try:
         with termination.heard():
             life.stop()
-    except _Terminated:
-        _say("told to end a second time: it is removed without having saved")
+    except Terminated:
+        say("told to end a second time: it is removed without having saved")
     except UserError as error:
-        _say(error)
+        say(error)
 
 
 def _copy(spec: RunSpec, trial: RunSpec) -> list[str]:
@@ -386,7 +333,7 @@ def _followed(spec: RunSpec, trial: RunSpec, poll_s: float | None) -> Iterator[N
                 Cloud().output(_copy(spec, trial))
             except CommandFailed as error:  # in the beginning there is nothing to be copied
                 if str(error) != said:
-                    _say(error)
+                    say(error)
                 said = str(error)
 
     thread = threading.Thread(target=copy, name="copy", daemon=True)

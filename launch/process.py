@@ -1,5 +1,6 @@
 """A trial of a sweep under way: a process of its own, so that it can be stopped and cannot take the others along."""
 
+import contextlib
 import fcntl
 import math
 import multiprocessing
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,3 +104,54 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a backend is told to end
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class Termination:
+    """Turns SIGTERM into `Terminated` where it may be heard; elsewhere it waits until it may."""
+
+    def __init__(self) -> None:
+        self._heard, self._shields, self._pending = False, 0, False
+
+    def __enter__(self) -> "Termination":
+        self._before = signal.signal(signal.SIGTERM, self._arrived)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _arrived(self, *_: object) -> None:
+        self._pending = True
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._pending and self._heard and not self._shields:
+            self._pending = False
+            raise Terminated
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Lets a signal end the block."""
+        self._heard = True
+        try:
+            self._raise()
+            yield
+        finally:
+            self._heard = False
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Lets a part of such a block be done to its end first."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+        self._raise()

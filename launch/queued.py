@@ -20,7 +20,8 @@ class _TakenAway(Exception):
     """The machines were pre-empted before the run could start."""
 
 
-def _say(message: str) -> None:
+def say(message: object) -> None:
+    """A line of the launcher among those of the tools."""
     print(f"dreamer4: {message}", file=sys.stderr, flush=True)
 
 
@@ -51,12 +52,12 @@ def launch(spec: RunSpec, cloud: Cloud, *, poll_s: float = 30.0) -> int:
     try:
         code, what = run_to_end(spec, cloud, poll_s)
     except KeyboardInterrupt:
-        _say("left alone; the same command line comes back to it, --action stop and --action delete end it")
+        say("left alone; the same command line comes back to it, --action stop and --action delete end it")
         return 130
     if code:
-        _say(f"{what}; the machines are kept and cost money: --action delete gives them back")
+        say(f"{what}; the machines are kept and cost money: --action delete gives them back")
     else:
-        _say(f"{what}; the machines are given back")
+        say(f"{what}; the machines are given back")
         cloud.output(render.delete(spec))
     return code
 
@@ -69,7 +70,7 @@ def run_to_end(spec: RunSpec, cloud: Cloud, poll_s: float) -> tuple[int, str]:
     """
     for attempt in range(spec.retries + 1):
         if attempt:
-            _say(f"restart {attempt} of {spec.retries}: the run resumes from its last checkpoint")
+            say(f"restart {attempt} of {spec.retries}: the run resumes from its last checkpoint")
         try:
             _acquire(spec, cloud, poll_s)
             _set_up(spec, cloud, poll_s)
@@ -83,7 +84,7 @@ def run_to_end(spec: RunSpec, cloud: Cloud, poll_s: float) -> tuple[int, str]:
         now = state(spec, cloud)
         if now == "ACTIVE" and not retryable(code):
             return code, f"failed with exit code {code}"
-        _say(f"interrupted (exit code {code}, {now or 'deleted'})")
+        say(f"interrupted (exit code {code}, {now or 'deleted'})")
     return INTERRUPTED, f"interrupted more often than --retries {spec.retries} allows"
 
 
@@ -124,14 +125,14 @@ def _acquire(spec: RunSpec, cloud: Cloud, poll_s: float) -> None:
             if asked:
                 raise UserError(f"{spec.name}: {_reason(found)}")
             if now:
-                _say(f"{now}: the machines of before are deleted")
+                say(f"{now}: the machines of before are deleted")
                 cloud.output(render.delete(spec))
-            _say(f"asking for {spec.slices} x {spec.accelerator}{' (spot)' if spec.spot else ''}")
+            say(f"asking for {spec.slices} x {spec.accelerator}{' (spot)' if spec.spot else ''}")
             cloud.output(render.create(spec))
             asked = True
             continue
         if now != said:  # WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDING, ...
-            _say(f"{now}; this command may be ended and repeated meanwhile")
+            say(f"{now}; this command may be ended and repeated meanwhile")
             said = now or ""
         time.sleep(poll_s)
 
@@ -164,7 +165,7 @@ def _set_up(spec: RunSpec, cloud: Cloud, poll_s: float) -> None:
     except CommandFailed as error:
         if state(spec, cloud) == "ACTIVE":
             raise
-        _say("the machines were taken away during set-up")
+        say("the machines were taken away during set-up")
         raise _TakenAway from error
 
 

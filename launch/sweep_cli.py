@@ -96,9 +96,10 @@ def _remote(args: argparse.Namespace, sweep: "Sweep", directory: Path) -> "Remot
                 " another backend, or leave out --bucket, --mesh, --retries and what stands under 'cloud' in --help"
             )
         return None
-    if not args.bucket:
+    if not args.bucket.startswith("gs://"):
         raise ConfigError(
-            f"--backend {args.backend} needs --bucket, a folder for the run directories, e.g. gs://my-bucket/sweeps"
+            f"--backend {args.backend} needs --bucket, where the run directories are to be, e.g. gs://my-bucket/sweeps;"
+            f" it is {args.bucket!r}"
         )
     where = replace(where, output=f"{args.bucket.rstrip('/')}/{directory.resolve().name}")
     check(where, args.backend)

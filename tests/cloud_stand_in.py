@@ -5,7 +5,8 @@ points to; and one folder for each name that was ever asked for: ``state`` (what
 ``log`` and ``exit`` of its run, which belongs to the machine and not to the command that started it, and ``found`` if
 somebody came to start it when it went on already.
 
-A file ``broken`` beside them holds names of verbs that fail, each once.
+A file ``broken`` beside them holds names of verbs that fail, each once. With a file ``slow`` machines that are asked
+for (then there is a file ``asked``) come `SLOW` seconds later; with ``deaf`` runs don't hear that they should end.
 """
 
 import json
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SLOW = 1.0
 TOOLS = ("gcloud", "kubectl", "xpk", "sky")
 
 
@@ -135,6 +137,11 @@ def gcloud(here: Path, verb: str, words: list[str]) -> None:
         (here / name).mkdir(exist_ok=True)
         if state.exists():
             sys.exit("ERROR: ALREADY_EXISTS")
+        if (here / "slow").exists():
+            later = ["sh", "-c", f"sleep {SLOW}; printf ACTIVE > {shlex.quote(str(state))}"]
+            request = subprocess.Popen(later, start_new_session=True)
+            (here / "asked").touch()
+            request.wait()
         state.write_text("ACTIVE")
     elif not state.exists():
         sys.exit("ERROR: NOT_FOUND: Resource was not found")
@@ -154,6 +161,8 @@ def gcloud(here: Path, verb: str, words: list[str]) -> None:
             print((room / "log").read_text(), end="")
             sys.exit(code)
         if "kill -TERM" in command:
+            while (here / "deaf").exists():
+                time.sleep(0.02)
             end(state.parent, signal.SIGTERM)
 
 

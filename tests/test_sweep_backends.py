@@ -6,23 +6,24 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
-import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dreamer4_jax.cli import main
+from dreamer4_jax.config import Config, UserError
 from launch.algebra import product, values
 from launch.backends import LIVES, Remote
+from launch.process import Process, Trial
 from launch.spec import RunSpec
 from launch.sweep import SweepInterrupted, run
 from launch.sweep_file import Sweep, trial_name
 from launch.sweep_records import Records
 from tests import cloud_stand_in, fake_backend
 from tests.cloud_stand_in import left, transcript
-from tests.test_sweep_run import LOSS, LR, SCORE, by_rate, grid, until
+from tests.test_sweep_run import LOSS, LR, SCORE, by_rate, grid, interrupt, meanwhile, start_sweep, until
 
 WHERE = RunSpec(
     "sweep",
@@ -99,16 +100,8 @@ def test_trials_end_as_they_do_here_and_nothing_is_left(backend, cloud, tmp_path
 def test_an_interrupted_trial_saves_gives_back_its_machines_and_goes_on(backend, cloud, tmp_path):
     sweep, directory = grid(0.1, 0.2), tmp_path / "sweep"
     plan(cloud, wait={"0.2": 4})
-
-    def interrupt():
-        until(lambda: steps(cloud, 0.2)[-1:] == [4])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(SweepInterrupted, match="1 of 2"):
+    with meanwhile(lambda: steps(cloud, 0.2)[-1:] == [4], interrupt), pytest.raises(SweepInterrupted, match="1 of 2"):
         go(backend, sweep, directory)
-    thread.join()
     assert by_rate(directory)[0.2]["state"] == "interrupted" and by_rate(directory)[0.2]["code"] == 42
     assert left(cloud) == []
     # SkyPilot takes the machines without a word; the others are told and save.
@@ -147,47 +140,95 @@ def test_what_a_dead_machine_left_is_found_and_followed(backend, cloud, tmp_path
     """kill -9 to the sweep and its trial at once, as when a laptop's battery ends: the run goes on, and is found."""
     directory = tmp_path / "sweep"
     plan(cloud, wait={"0.2": 4})
-    (tmp_path / "script.py").write_text(
-        "from pathlib import Path; from tests.test_sweep_backends import go, grid\n"
-        f"if __name__ == '__main__': go({backend!r}, grid(0.2), Path({str(directory)!r}))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "script.py"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    process = start_sweep(tmp_path, f"test_sweep_backends:{backend!r}, grid(0.2), Path({str(directory)!r})")
     until(lambda: steps(cloud, 0.2)[-1:] == [4])
     kill_all(process.pid, but=int((cloud / in_bucket(cloud, 0.2).name / "pid").read_text()))
     process.wait()
     assert left(cloud) == [in_bucket(cloud, 0.2).name]
     commands = len(transcript(cloud))
 
-    def end():
-        until(lambda: (cloud / in_bucket(cloud, 0.2).name / "found").exists() or len(transcript(cloud)) > commands + 8)
-        (cloud / "bucket" / "b" / "sweeps" / "go").touch()
+    def followed() -> bool:
+        return (cloud / in_bucket(cloud, 0.2).name / "found").exists() or len(transcript(cloud)) > commands + 8
 
-    thread = threading.Thread(target=end)
-    thread.start()
-    assert go(backend, grid(0.2), directory).count("finished") == 1
-    thread.join()
+    with meanwhile(followed, (cloud / "bucket" / "b" / "sweeps" / "go").touch):
+        assert go(backend, grid(0.2), directory).count("finished") == 1
     assert starts(cloud, 0.2) == [1] and left(cloud) == []
 
 
 def test_a_killed_sweep_stops_its_trials(cloud, tmp_path):
     directory = tmp_path / "sweep"
     plan(cloud, wait={"0.2": 4})
-    (tmp_path / "script.py").write_text(
-        "from pathlib import Path; from tests.test_sweep_backends import go, grid\n"
-        f"if __name__ == '__main__': go('tpu', grid(0.2), Path({str(directory)!r}))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "script.py"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    process = start_sweep(tmp_path, f"test_sweep_backends:'tpu', grid(0.2), Path({str(directory)!r})")
     until(lambda: steps(cloud, 0.2)[-1:] == [4])
     process.kill()
     process.wait()
     until(lambda: left(cloud) == [])
     assert (cloud / in_bucket(cloud, 0.2).name / "exit").read_text() == "42"
+
+
+def test_machines_that_are_asked_for_are_given_back(cloud, tmp_path):
+    """A request that is under way takes effect, whatever becomes of the command that made it."""
+    (cloud / "slow").touch()
+    with meanwhile((cloud / "asked").exists, interrupt), pytest.raises(SweepInterrupted, match="0 of 1"):
+        go("tpu", grid(0.1), tmp_path / "sweep")
+    time.sleep(2 * cloud_stand_in.SLOW)
+    assert left(cloud) == [] and not in_bucket(cloud, 0.1).exists()
+
+
+def test_told_to_end_twice_it_is_removed_without_having_saved(cloud, tmp_path):
+    trial = Trial({LR: 0.2}, RunSpec(trial_name("tiny", {LR: 0.2}), overrides=(f"{LR}=0.2",), output="sweep"), Config())
+    plan(cloud, wait={"0.2": 4})
+    (cloud / "deaf").touch()
+    process = Process(trial, Remote("tpu", WHERE, poll_s=0.05), tmp_path / "log.txt")
+    until(lambda: steps(cloud, 0.2)[-1:] == [4])
+    process.stop()
+    until(lambda: any("kill -TERM" in argv[-1] for argv in transcript(cloud)))
+    assert process.exit_code is None and left(cloud) == [in_bucket(cloud, 0.2).name]
+    process.stop(grace=0)
+    until(lambda: process.exit_code is not None)
+    assert process.exit_code == 42 and left(cloud) == []
+    assert (cloud / in_bucket(cloud, 0.2).name / "exit").read_text() == "137"
+    assert "told to end a second time" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_jobset_that_failed_when_nobody_looked_is_made_anew(cloud, tmp_path):
+    room = cloud / in_bucket(cloud, 0.1).name
+    room.mkdir()
+    for name, text in {"state": "JOBSET", "pid": "0", "exit": "1"}.items():
+        (room / name).write_text(text)
+    assert go("jobset", grid(0.1), tmp_path / "sweep").count("finished") == 1
+    verbs = [argv[1] for argv in transcript(cloud) if argv[0] == "kubectl"]
+    assert verbs.index("delete") < verbs.index("create") and left(cloud) == []
+
+
+def test_a_jobset_that_somebody_else_removed_is_said(cloud, tmp_path):
+    plan(cloud, wait={"0.2": 4})
+    room = cloud / in_bucket(cloud, 0.2).name
+
+    def remove() -> None:
+        (room / "state").unlink()
+        cloud_stand_in.end(room, signal.SIGKILL)
+
+    with meanwhile(lambda: steps(cloud, 0.2)[-1:] == [4] and (room / "state").exists(), remove):
+        go("jobset", grid(0.2), tmp_path / "sweep")
+    assert by_rate(tmp_path / "sweep")[0.2]["state"] == "failed"
+    assert "removed by somebody else" in by_rate(tmp_path / "sweep")[0.2]["log"][-1]
+
+
+def test_a_managed_job_that_somebody_else_cancelled_is_not_a_failure(cloud, tmp_path):
+    plan(cloud, wait={"0.2": 4})
+    room = cloud / in_bucket(cloud, 0.2).name
+
+    def cancel() -> None:
+        (room / "state").write_text("CANCELLED")
+        cloud_stand_in.end(room, signal.SIGKILL)
+
+    with meanwhile(lambda: steps(cloud, 0.2)[-1:] == [4] and (room / "job").exists(), cancel):
+        go("skypilot", grid(0.2), tmp_path / "sweep")
+    assert by_rate(tmp_path / "sweep")[0.2]["state"] == "interrupted"
+    plan(cloud)
+    assert go("skypilot", grid(0.2), tmp_path / "sweep").count("finished") == 1
+    assert steps(cloud, 0.2) == list(range(1, fake_backend.STEPS + 1)) and left(cloud) == []
 
 
 def test_a_bad_trial_is_judged_by_what_is_copied_and_stopped(cloud, tmp_path):
@@ -284,7 +325,8 @@ def test_dry_run_prints_the_commands_of_every_trial(backend, file, cloud, tmp_pa
         (["--mesh", "data=2"], "--backend local: trials run on this machine"),
         (["--check"], "--check compiles for a TPU"),
         (["--backend", "tpu", *without(ARGS["tpu"], "--bucket")], "--backend tpu needs --bucket"),
-        (["--backend", "tpu", *ARGS["tpu"], "--bucket", "runs"], "needs a bucket"),
+        (["--backend", "tpu", *ARGS["tpu"], "--bucket", "runs"], "--backend tpu needs --bucket, where"),
+        (["--backend", "tpu", *ARGS["tpu"], "--bucket", "gs://"], "needs a bucket"),
         (["--backend", "tpu", *without(ARGS["tpu"], "--accelerator")], "--backend tpu needs --accelerator"),
         (["--backend", "tpu", *ARGS["tpu"], "--mesh", "data=8"], "multiply to 8, but there are 16 devices"),
         (["--backend", "tpu", *ARGS["tpu"], "--accelerator", "tpu7x-8"], "GKE alone"),
@@ -308,6 +350,21 @@ def test_a_tool_that_is_not_there_is_said_before_anything_is_started(backend, fi
     assert main(["sweep", file, "--backend", backend, *ARGS[backend]]) == 2
     assert capsys.readouterr().err.startswith(f"dreamer4: {missing}: not found; install")
     assert transcript(cloud) == [] and not Path("runs").exists()
+
+
+def test_every_trial_is_compiled_for_its_machines_first(file, cloud, monkeypatch, capsys):
+    seen = []
+
+    def check_fits(config: Config, accelerator: str, *, slices: int, mesh: str) -> list:
+        seen.append((config.train.dynamics.lr, accelerator, slices, mesh))
+        if config.train.dynamics.lr == 0.2:
+            raise UserError("dynamics: does not fit")
+        return []
+
+    monkeypatch.setattr("dreamer4_jax.aot_cli.check_fits", check_fits)
+    assert main(["sweep", file, "--backend", "tpu", *ARGS["tpu"], "--mesh", "data=16", "--check"]) == 2
+    assert seen == [(0.1, "v5e-16", 1, "data=16"), (0.2, "v5e-16", 1, "data=16")]
+    assert "does not fit" in capsys.readouterr().err and transcript(cloud) == [] and not Path("runs").exists()
 
 
 def test_a_sweep_by_its_command(file, cloud, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Running sweeps: what is done stays done, whatever dies and when; and what is bad is stopped."""
 
+import contextlib
 import json
 import os
 import re
@@ -67,6 +68,34 @@ def until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def meanwhile(condition, act):
+    """While the block runs: waits until something is so, and then does something."""
+
+    def wait() -> None:
+        until(condition)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
+def interrupt() -> None:
+    """What Ctrl-C and a scheduler do to a sweep that runs in this process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start_sweep(tmp_path: Path, call: str) -> subprocess.Popen:
+    """Runs a call of a test module's `go` in a process of its own, to be killed."""
+    module, _, call = call.partition(":")
+    code = f"from pathlib import Path; from tests.{module} import go, grid\nif __name__ == '__main__': go({call})"
+    (tmp_path / "script.py").write_text(code)
+    root = Path(__file__).parents[1]
+    return subprocess.Popen([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(root)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,15 +229,11 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     directory = tmp_path / "sweep"
     plan(directory, wait={"0.2": 4})
 
-    def interrupt():
-        until(lambda: steps(directory, 0.2)[-1:] == [4])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(SweepInterrupted, match="1 of 3"):
+    with (
+        meanwhile(lambda: steps(directory, 0.2)[-1:] == [4], interrupt),
+        pytest.raises(SweepInterrupted, match="1 of 3"),
+    ):
         go(grid(0.1, 0.2, 0.3), directory)
-    thread.join()
     assert by_rate(directory)[0.2] | {"name": ""} == {
         "name": "",
         "state": "interrupted",
@@ -225,15 +250,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     """kill -9 in the middle of a trial: the trial notices, saves and ends; the next sweep waits for it and resumes."""
     directory = tmp_path / "sweep"
     plan(directory, wait={"0.2": 4})
-    script = (
-        "from pathlib import Path; from tests.test_sweep_run import go, grid\n"
-        f"if __name__ == '__main__': go(grid(0.1, 0.2, 0.3), Path({str(directory)!r}))"
-    )
-    (tmp_path / "script.py").write_text(script)
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "script.py"], cwd=root, env={**os.environ, "PYTHONPATH": "."}
-    )
+    process = start_sweep(tmp_path, f"test_sweep_run:grid(0.1, 0.2, 0.3), Path({str(directory)!r})")
     until(lambda: steps(directory, 0.2)[-1:] == [4])
     with pytest.raises(UserError, match="another process"):
         go(grid(0.1, 0.2, 0.3), directory)
@@ -297,15 +314,11 @@ def test_a_search_is_the_same_whether_interrupted_or_not(tmp_path):
     third = list(by_rate(whole))[2]
     plan(parts, wait={str(third): 4})
 
-    def interrupt():
-        until(lambda: any(steps_of(p)[-1:] == [4] for p in parts.glob("*/metrics.jsonl")))
-        os.kill(os.getpid(), signal.SIGTERM)
+    def waits() -> bool:
+        return any(steps_of(p)[-1:] == [4] for p in parts.glob("*/metrics.jsonl"))
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(SweepInterrupted):
+    with meanwhile(waits, interrupt), pytest.raises(SweepInterrupted):
         go(sweep, parts)
-    thread.join()
     plan(parts)
     go(sweep, parts)
     assert list(Records(parts).latest) == list(Records(whole).latest)
