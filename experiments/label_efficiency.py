@@ -243,17 +243,15 @@ def draw(found: dict[str, Any]) -> Figure:
         x = [max(zero, 100 * r["share_of_frames"]) for r in found["by_share"]]
         mean, low, high = (np.array([value(r[score], k) for r in found["by_share"]]) for k in ("mean", "low", "high"))
         bars = np.maximum(np.nan_to_num([mean - low, high - mean]), 0)
-        panel.errorbar(x, mean, bars, color=ours, marker="o", capsize=2.5)
-        paper = PAPER[score]
-        panel.plot([max(zero, p) for p in paper], list(paper.values()), color=theirs, marker="s", linestyle="--")
+        panel.errorbar(x, mean, bars, color=ours, marker="o", capsize=2.5, label="CoinRun (ours)")
+        paper = list(PAPER[score].values())
+        shares = [max(zero, share) for share in PAPER[score]]
+        panel.plot(shares, paper, color=theirs, marker="s", linestyle="--", label="Minecraft (paper)")
         panel.set_xscale("log")
         panel.set_xticks([zero, 0.4, 4, 40, 100], ["0", "0.4", "4", "40", "100"])
         panel.minorticks_off()
         panel.set_xlabel("labelled frames, % of the video")
-        # Named where the curves are apart: at the second point.
-        panel.annotate("CoinRun (ours)", (x[1], mean[1]), (6, -12), textcoords="offset points", color=ours)
-        at = list(paper.items())[1]
-        panel.annotate("Minecraft (paper)", at, (6, 4), textcoords="offset points", color=theirs)
+    axes[0].legend(loc="best")
     last = axes[2]
     for i, score in enumerate(SCORES):
         t = found["transfer"][score]
@@ -261,8 +259,7 @@ def draw(found: dict[str, Any]) -> Figure:
         last.bar(i - 0.2, value(t), 0.36, yerr=ends, color=ours, capsize=3)
         last.bar(i + 0.2, PAPER_TRANSFER[score], 0.36, color=theirs)
     last.set_xticks(range(2), ["PSNR", "SSIM"])
-    last.annotate("ours", (-0.2, 0), (0, 3), textcoords="offset points", color="white", ha="center")
-    last.annotate("paper", (0.2, 0), (0, 3), textcoords="offset points", color="white", ha="center")
+    last.axhline(0, color="black", linewidth=0.8)
     return figure
 
 
