@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,14 +40,17 @@ BACKENDS = tuple(LIVES)
 
 
 @pytest.fixture
-def cloud(tmp_path, monkeypatch) -> Path:
+def cloud(tmp_path, monkeypatch) -> Iterator[Path]:
     """A cloud of its own for the test; the sweep directory is `cloud.parent / "sweep"`."""
     here = tmp_path / "cloud"
     cloud_stand_in.install(here)
     (here / "bucket" / "b" / "sweeps").mkdir(parents=True)
     monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
-    return here
+    yield here
+    for path in here.glob("*/pid"):  # of a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            cloud_stand_in.end(path.parent, signal.SIGKILL)
 
 
 def go(backend: str, sweep: Sweep, directory: Path, **options) -> Records:
@@ -140,10 +144,9 @@ def test_what_a_dead_machine_left_is_found_and_followed(backend, cloud, tmp_path
     """kill -9 to the sweep and its trial at once, as when a laptop's battery ends: the run goes on, and is found."""
     directory = tmp_path / "sweep"
     plan(cloud, wait={"0.2": 4})
-    process = start_sweep(tmp_path, f"test_sweep_backends:{backend!r}, grid(0.2), Path({str(directory)!r})")
-    until(lambda: steps(cloud, 0.2)[-1:] == [4])
-    kill_all(process.pid, but=int((cloud / in_bucket(cloud, 0.2).name / "pid").read_text()))
-    process.wait()
+    with start_sweep(tmp_path, f"test_sweep_backends:{backend!r}, grid(0.2), Path({str(directory)!r})") as process:
+        until(lambda: steps(cloud, 0.2)[-1:] == [4])
+        kill_all(process.pid, but=int((cloud / in_bucket(cloud, 0.2).name / "pid").read_text()))
     assert left(cloud) == [in_bucket(cloud, 0.2).name]
     commands = len(transcript(cloud))
 
@@ -158,10 +161,8 @@ def test_what_a_dead_machine_left_is_found_and_followed(backend, cloud, tmp_path
 def test_a_killed_sweep_stops_its_trials(cloud, tmp_path):
     directory = tmp_path / "sweep"
     plan(cloud, wait={"0.2": 4})
-    process = start_sweep(tmp_path, f"test_sweep_backends:'tpu', grid(0.2), Path({str(directory)!r})")
-    until(lambda: steps(cloud, 0.2)[-1:] == [4])
-    process.kill()
-    process.wait()
+    with start_sweep(tmp_path, f"test_sweep_backends:'tpu', grid(0.2), Path({str(directory)!r})"):
+        until(lambda: steps(cloud, 0.2)[-1:] == [4])
     until(lambda: left(cloud) == [])
     assert (cloud / in_bucket(cloud, 0.2).name / "exit").read_text() == "42"
 

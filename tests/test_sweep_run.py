@@ -89,13 +89,19 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def start_sweep(tmp_path: Path, call: str) -> subprocess.Popen:
-    """Runs a call of a test module's `go` in a process of its own, to be killed."""
+@contextlib.contextmanager
+def start_sweep(tmp_path: Path, call: str):
+    """Runs a call of a test module's `go` in a process of its own, to be killed; it does not outlive the block."""
     module, _, call = call.partition(":")
     code = f"from pathlib import Path; from tests.{module} import go, grid\nif __name__ == '__main__': go({call})"
     (tmp_path / "script.py").write_text(code)
     root = Path(__file__).parents[1]
-    return subprocess.Popen([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(root)})
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,12 +256,10 @@ def test_a_killed_sweep_goes_on(tmp_path):
     """kill -9 in the middle of a trial: the trial notices, saves and ends; the next sweep waits for it and resumes."""
     directory = tmp_path / "sweep"
     plan(directory, wait={"0.2": 4})
-    process = start_sweep(tmp_path, f"test_sweep_run:grid(0.1, 0.2, 0.3), Path({str(directory)!r})")
-    until(lambda: steps(directory, 0.2)[-1:] == [4])
-    with pytest.raises(UserError, match="another process"):
-        go(grid(0.1, 0.2, 0.3), directory)
-    process.kill()
-    process.wait()
+    with start_sweep(tmp_path, f"test_sweep_run:grid(0.1, 0.2, 0.3), Path({str(directory)!r})"):
+        until(lambda: steps(directory, 0.2)[-1:] == [4])
+        with pytest.raises(UserError, match="another process"):
+            go(grid(0.1, 0.2, 0.3), directory)
     assert set(by_rate(directory)) == {0.1}
     plan(directory)
     assert go(grid(0.1, 0.2, 0.3), directory).count("finished") == 3
