@@ -176,7 +176,7 @@ def bench_dynamics(
     }
     phase = DynamicsPhase(config, None)  # type: ignore[arg-type]  # the batch is given: no dataset is read
     optimizer = make_optimizer(phase.config)
-    state = init_state(phase, optimizer, data, key)
+    state = init_state(phase, optimizer, key)
     train = make_train_step(phase, optimizer)
     flops = matmul_flops(lambda s, b: train(s, None, b, key), state, data)
 

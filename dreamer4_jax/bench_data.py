@@ -102,7 +102,7 @@ def consumed(phase: Any) -> float:
     """Frames a second of a phase's training step on a batch that is there, the median of `STEPS`."""
     key, optimizer = jax.random.key(0), make_optimizer(phase.config)
     batch = next(phase.batches(0))
-    state, step = init_state(phase, optimizer, batch, key), make_train_step(phase, optimizer)
+    state, step = init_state(phase, optimizer, key), make_train_step(phase, optimizer)
     frozen, on_device, times = phase.frozen, jax.device_put(batch), []
     for _ in range(STEPS + 1):
         began = time.perf_counter()

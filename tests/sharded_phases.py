@@ -66,8 +66,8 @@ def phases(data: Path):
 def update(phase, optimizer, mesh, rules):
     """(metrics, new parameters, the share of the state's bytes that a device holds)."""
     batch, key = next(phase.batches(0)), jax.random.key(1)
-    shardings = rules.shardings(abstract_state(phase, optimizer, batch), mesh)
-    state = jax.device_put(init_state(phase, optimizer, batch, jax.random.key(0)), shardings)
+    shardings = rules.shardings(abstract_state(phase, optimizer), mesh)
+    state = jax.device_put(init_state(phase, optimizer, jax.random.key(0)), shardings)
     leaves = jax.tree.leaves(state)
     share = sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
     frozen = jax.device_put(phase.frozen, rules.shardings(phase.frozen, mesh))
@@ -105,8 +105,8 @@ def exchanged(data: Path, horizon: int) -> int:
         Rules(min_size=0),
         next(phase.batches(0)),
     )
-    shardings = rules.shardings(abstract_state(phase, optimizer, batch), mesh)
-    state = jax.device_put(init_state(phase, optimizer, batch, jax.random.key(0)), shardings)
+    shardings = rules.shardings(abstract_state(phase, optimizer), mesh)
+    state = jax.device_put(init_state(phase, optimizer, jax.random.key(0)), shardings)
     frozen = jax.device_put(phase.frozen, rules.shardings(phase.frozen, mesh))
     with jax.set_mesh(mesh):
         placed = jax.device_put(batch, batch_shardings(batch, mesh))

@@ -408,7 +408,7 @@ def test_training_in_imagination_moves_policy_and_value_alone():
     before = jax.tree.map(lambda x: np.array(x), frozen)
     optimizer = make_optimizer(phase.config)
     batch = window(8)
-    state = init_state(phase, optimizer, batch, jax.random.key(0))
+    state = init_state(phase, optimizer, jax.random.key(0))
     assert isinstance(state.model, ActorCritic)
     for mine, prior in zip(jax.tree.leaves(state.model.policy), jax.tree.leaves(frozen["prior"]), strict=True):
         np.testing.assert_array_equal(mine, prior)  # starts from the cloned policy

@@ -52,7 +52,8 @@ def test_a_picture_is_of_the_state_and_not_of_the_torque():
         sim.env.state = np.asarray([angle, 0.0])
         rows, columns = np.nonzero(sim.picture().min(-1) < 200)  # the rod on white
         height, side = 31.5 - rows.mean(), columns.mean() - 31.5
-        np.testing.assert_allclose([height, side], [7 * np.cos(angle), -7 * np.sin(angle)], atol=1.5)
+        np.testing.assert_allclose([height, side], [12.4 * np.cos(angle), -12.4 * np.sin(angle)], atol=2)
+        assert 0 < rows.min() and rows.max() < 63 and 0 < columns.min() and columns.max() < 63, "all of it is seen"
     sim.env.state = np.asarray([1.0, 0.5])
     still = sim.picture()
     sim.env.last_u = 2.0

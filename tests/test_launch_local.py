@@ -54,7 +54,8 @@ TELL = "print(json.dumps({key: os.environ[key] for key in os.environ if key.star
 
 def test_processes_are_told_their_place(play, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in ("JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        monkeypatch.delenv(name, raising=False)
     assert play(TELL, processes=3, devices_per_process=4) == 0
     told = [json.loads(log(i)) for i in range(3)]
     assert [one.pop("DREAMER4_PROCESS_ID") for one in told] == ["0", "1", "2"]
@@ -68,6 +69,7 @@ def test_one_process_is_told_no_place_and_keeps_a_platform_that_is_set(play, mon
     for name in local.PLACE:  # left from a run that launches this one
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     assert play(TELL, processes=1, devices_per_process=2) == 0
     assert json.loads(log(0)) == {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cuda"}
 

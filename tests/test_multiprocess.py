@@ -68,7 +68,7 @@ def end(children: list[subprocess.Popen], code: int = 0) -> list[str]:
 def last_state(run: Path) -> tuple[int, list[np.ndarray]]:
     """(step, arrays) of the newest checkpoint."""
     phase = Regression(TINY)
-    abstract = abstract_state(phase, make_optimizer(TINY), next(phase.batches(0)))
+    abstract = abstract_state(phase, make_optimizer(TINY))
     with Checkpointer(steps_path(run, "dynamics"), read_only=True) as checkpoints:
         state, meta = checkpoints.restore(abstract)
     return meta["step"], [np.asarray(x) for x in jax.tree.leaves(state)]

@@ -90,6 +90,7 @@ class MeanSquaredError(TokenizerPhase):
         return {"reconstruction": mse}, {"mse": mse}
 
 
+@pytest.mark.slow  # it takes no minutes, but the two programs are equal only once they are optimised
 def test_off_it_changes_no_bit(data, tmp_path):
     cfg = config(**{"tokenizer.perceptual": "none"})
     plain = MeanSquaredError(cfg, data)
@@ -104,9 +105,7 @@ def test_on_it_is_normalised_weighted_and_frozen(data):
     net = small_net()
     made = phase(data, config(), distance=net)
     optimizer, batch, key = make_optimizer(made.config), next(made.batches(0)), jax.random.key(1)
-    after, metrics = make_train_step(made, optimizer)(
-        state.init_state(made, optimizer, batch, key), made.frozen, batch, key
-    )
+    after, metrics = make_train_step(made, optimizer)(state.init_state(made, optimizer, key), made.frozen, batch, key)
     parts = float(metrics["scaled/reconstruction"]), float(metrics["scaled/perceptual"])
     np.testing.assert_allclose(metrics["loss"], parts[0] + 0.2 * parts[1], rtol=1e-5)
     np.testing.assert_allclose(parts, 1, rtol=1e-3)  # each divided by its own size, at the first step by itself
@@ -115,7 +114,7 @@ def test_on_it_is_normalised_weighted_and_frozen(data):
     # A step with the weight at zero goes elsewhere: the term reaches the parameters.
     other = replace(made, full=config(**{"tokenizer.perceptual_weight": 1e-9}))
     other.init = made.init
-    moved, _ = make_train_step(other, optimizer)(state.init_state(other, optimizer, batch, key), net, batch, key)
+    moved, _ = make_train_step(other, optimizer)(state.init_state(other, optimizer, key), net, batch, key)
     pairs = zip(jax.tree.leaves(after.model), jax.tree.leaves(moved.model), strict=True)
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in pairs)
 

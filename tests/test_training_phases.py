@@ -292,7 +292,7 @@ def test_the_weights_of_phase_2_reach_the_loss(data):
     phase.init = lambda key, base=None: agent()
     assert phase.weights == {"dynamics": 0.25}
     optimizer = make_optimizer(phase.config)
-    start = state.init_state(phase, optimizer, batch, jax.random.key(0))
+    start = state.init_state(phase, optimizer, jax.random.key(0))
     _, metrics = state.make_train_step(phase, optimizer)(start, None, batch, jax.random.key(0))
     others = sum(float(metrics[f"scaled/{name}"]) for name in ("policy", "reward", "continue"))
     np.testing.assert_allclose(metrics["loss"], 0.25 * float(metrics["scaled/dynamics"]) + others, rtol=1e-5)

@@ -57,6 +57,7 @@ class Regression:
     seen: list[int] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
+    terms: tuple[str, ...] = ("fit", "drift")
 
     @property
     def frozen(self) -> Any:

@@ -3,7 +3,10 @@
 import concurrent.futures
 import concurrent.futures.process
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +31,17 @@ class Job(Protocol):
 J = TypeVar("J", bound=Job)
 
 
-def ignore_interrupt() -> None:
-    """Ctrl-C is the parent's business: workers finish the shard they are writing."""
+def follow_parent() -> None:
+    """Ctrl-C is the parent's business: workers finish the shard they are writing. They end where it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with, daemon=True).start()
 
 
 def make_shards(
@@ -76,7 +87,7 @@ def make_shards(
             return
         # Fork would copy the parent's threads' locks (JAX has threads); spawned workers import only what they need.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupt) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent) as pool:
             futures = {pool.submit(make, job): (number, job) for number, job in todo}
             try:
                 for future in concurrent.futures.as_completed(futures):

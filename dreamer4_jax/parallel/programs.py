@@ -142,7 +142,7 @@ def training_step(
     made = _phase_of_shapes(config, phase)
     optimizer = make_optimizer(made.config)
     state, frozen = jax.eval_shape(
-        lambda k: (init_state(_phase(config, phase, k), optimizer, batch, k), _phase(config, phase, k).frozen), key
+        lambda k: (init_state(_phase(config, phase, k), optimizer, k), _phase(config, phase, k).frozen), key
     )
     shardings = None
     if mesh is not None:

@@ -143,17 +143,17 @@ class _Run:
         frozen = self.phase.frozen  # once: a property may make it anew, or hold NumPy arrays
         return processes.spread(frozen, self.rules.shardings(frozen, self.mesh))
 
-    def start(self, at: int | None, batch: Batch) -> TrainState:
+    def start(self, at: int | None) -> TrainState:
         """The restored state of step `at`, or a new one; and the step that updates it."""
         with self.ledger.time("setup"):
-            abstract = abstract_state(self.phase, self.optimizer, batch)
+            abstract = abstract_state(self.phase, self.optimizer)
             shardings = self.rules.shardings(abstract, self.mesh)
             self.train_step = make_train_step(self.phase, self.optimizer, shardings)
             if at is None:
                 # Born where it stays: no device ever holds the whole of a state that is split.
                 base = self.phase.start_from
                 base = processes.spread(base, self.rules.shardings(base, self.mesh))
-                make = jax.jit(partial(init_state, self.phase, self.optimizer, batch), out_shardings=shardings)
+                make = jax.jit(partial(init_state, self.phase, self.optimizer), out_shardings=shardings)
                 return make(processes.spread(self.init_key, NamedSharding(self.mesh, PartitionSpec())), base)
             placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
             state, meta = self.checkpoints.restore(placed, step=at, config=self.config)
@@ -274,13 +274,12 @@ def run_phase(
 def _train(run: _Run, at: int | None, last: int, stop: Stop, progress: bool) -> PhaseResult:
     """Steps `at` to `last`. The metrics of a step are read while the next one is being computed."""
     phase, cfg, ledger, done = run.phase, run.cfg, run.ledger, at or 0
-    # A phase that only lacks its evaluation has no next batch, but the structure of one is needed to restore it.
-    first = min(done, cfg.steps - 1)
-    batches = phase.batches(first, run.part)
+    batches = phase.batches(done, run.part)
     try:
-        with ledger.time("data"):
-            batch = _next(phase, batches, first)
-        state = run.start(at, batch)
+        if done < last:  # a phase may lack its evaluation alone
+            with ledger.time("data"):
+                batch = _next(phase, batches, done)
+        state = run.start(at)
         main = processes.is_main()
         with (
             MetricsWriter(run.run_dir, phase.name, done) if main else NoWriter() as writer,

@@ -88,6 +88,10 @@ class TokenizerPhase:
         return "" if self.frozen is None else f"{self.full.tokenizer.perceptual} {checksum(self.frozen)}"
 
     @property
+    def terms(self) -> tuple[str, ...]:
+        return ("reconstruction",) if self.frozen is None else ("reconstruction", "perceptual")
+
+    @property
     def weights(self) -> Mapping[str, float]:
         return {"perceptual": self.full.tokenizer.perceptual_weight}
 
@@ -120,6 +124,7 @@ class DynamicsPhase:
     frozen: Any = None
     identity: str = ""
     start_from: Any = None
+    terms: tuple[str, ...] = ("dynamics",)
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -157,6 +162,7 @@ class AgentPhase:
     name: str = "agent"
     frozen: Any = None
     identity: str = ""
+    terms: tuple[str, ...] = ("dynamics", "policy", "reward", "continue")
 
     @property
     def config(self) -> PhaseConfig:
@@ -215,6 +221,7 @@ class ImaginationPhase:
     name: str = "imagination"
     frozen: Any = field(init=False)
     identity: str = ""  # what is frozen was trained in this run
+    terms: tuple[str, ...] = ("policy", "value")
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """The state of a training phase, and the jitted step that every phase shares."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,10 @@ class Phase(Protocol):
         do. They are in no checkpoint: to resume with others is refused."""
 
     @property
+    def terms(self) -> Sequence[str]:
+        """Names of the loss terms."""
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """Factors of the normalised loss terms; 1 for those that are not named."""
 
@@ -49,7 +53,7 @@ class Phase(Protocol):
         """Arrays of an earlier phase that the model starts from (a pytree, or None)."""
 
     def loss(self, model: Any, ema: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Metrics, Metrics]:
-        """({name of a loss term: weighted scalar}, metrics). The terms are the same for every batch."""
+        """({name of a loss term: scalar}, metrics): of every batch all `terms`, and no others."""
 
     def batches(self, start: int, part: Part = ALONE) -> Iterator[Batch]:
         """This part of the batches of step `start`, `start` + 1, ...; the same step always gets the same batch."""
@@ -70,10 +74,8 @@ class TrainState:
     norms: dict[str, Any]  # the loss normaliser's
 
 
-def init_state(
-    phase: Phase, optimizer: optax.GradientTransformation, batch: Batch, key: Array, base: Any = None
-) -> TrainState:
-    """The state before the first update. `batch` tells the names of the loss terms; its values are not read.
+def init_state(phase: Phase, optimizer: optax.GradientTransformation, key: Array, base: Any = None) -> TrainState:
+    """The state before the first update.
 
     The model is copied: its buffers are donated to the first step, and `phase.init` may hand over arrays that
     somebody else still holds, such as a prior that `phase.frozen` keeps.
@@ -84,20 +86,19 @@ def init_state(
         return jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype, copy=True), tree)
 
     model = copy(phase.init(key, phase.start_from if base is None else base))
-    terms, _ = jax.eval_shape(phase.loss, model, model, phase.frozen, batch, key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         model=model,
         # A copy as well: an optimiser may start several moments from one buffer, which cannot be donated twice.
         opt_state=copy(jax.jit(optimizer.init)(model)),
         ema=copy(model),
-        norms=optim.init_norms(terms if phase.config.normalize_losses else ()),
+        norms=optim.init_norms(phase.terms if phase.config.normalize_losses else ()),
     )
 
 
-def abstract_state(phase: Phase, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+def abstract_state(phase: Phase, optimizer: optax.GradientTransformation) -> TrainState:
     """The shapes and dtypes of `init_state`, with nothing computed or allocated."""
-    return jax.eval_shape(lambda key: init_state(phase, optimizer, batch, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: init_state(phase, optimizer, key), jax.random.key(0))
 
 
 def ema_decay(limit: float, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -134,6 +135,10 @@ def make_train_step(
         with jax.named_scope("loss"):
             terms, metrics = phase.loss(model, state.ema, frozen, batch, key)
         terms = _scalars("term", terms)
+        if terms.keys() != set(phase.terms):
+            raise ValueError(
+                f"phase {phase.name}: its loss has the terms {sorted(terms)}, it names {sorted(phase.terms)}"
+            )
         scaled, norms = optim.normalize(state.norms, terms) if cfg.normalize_losses else (terms, state.norms)
         weighted = [phase.weights.get(name, 1.0) * value for name, value in scaled.items()]
         return jnp.sum(jnp.stack(weighted)), (terms, scaled, norms, _scalars("metric", metrics))

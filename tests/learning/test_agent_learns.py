@@ -82,6 +82,7 @@ class ChainPhase:
     config: PhaseConfig = PhaseConfig(steps=150, warmup=1, lr=0.01, decay=0.0)
     name: str = "imagination"
     weights: dict[str, float] = field(default_factory=dict)
+    terms: tuple[str, ...] = ("policy", "value")
 
     @property
     def frozen(self):
@@ -120,7 +121,7 @@ def trained_return(beta: float) -> tuple[float, float, float]:
     rng = np.random.default_rng(0)
     batch = {"start": rng.integers(1, STATES - 1, 64).astype(np.int32)}
     optimizer = make_optimizer(phase.config)
-    state = init_state(phase, optimizer, batch, jax.random.key(0))
+    state = init_state(phase, optimizer, jax.random.key(0))
     step = make_train_step(phase, optimizer)
     for _ in range(phase.config.steps):
         state, metrics = step(state, phase.frozen, batch, jax.random.key(1))
