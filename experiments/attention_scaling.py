@@ -2,7 +2,7 @@
 
     python -m experiments.attention_scaling                  # 15 minutes on 2 cores, most of it trainings
     python -m experiments.attention_scaling --scaling-only   # 4 minutes: no trainings
-    python -m experiments.attention_scaling --size smoke     # a minute and a half, on 2 cores
+    python -m experiments.attention_scaling --size smoke     # about a minute
 
 Three layouts of the same four layers: dense block-causal attention in each (the baseline of paper Table 2), space and
 time by turns, and the paper's time layer every fourth. FLOPs and memory are those of the compiled gradient of one
@@ -21,14 +21,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dreamer4_jax.bench import matmul_flops, time_jitted
+from dreamer4_jax.bench import time_jitted
 from dreamer4_jax.config import TransformerConfig, override
 from dreamer4_jax.evaluation import plots
 from dreamer4_jax.evaluation.metrics import Interval
 from dreamer4_jax.evaluation.rollouts import imagine_clips
 from dreamer4_jax.evaluation.study import Call, Study, entry
 from dreamer4_jax.nn import Mask, Transformer
-from dreamer4_jax.parallel.programs import programs
 from experiments import base
 
 STUDY = Study(
@@ -146,11 +145,11 @@ def quality(call: Call, seed: int, dense_steps: int, clips: int) -> list[dict[st
     run = base.trained(call, seed, "tokenizer")
     held = base.held_out(run, clips)
     steps_shown = min(4, run.config.dynamics.k_max)
-    changed = {k: {f"dynamics.transformer.{f}": v for f, v in fields.items()} for k, fields in LAYOUTS.items()}
+    layouts = {layout: {"layers": NET["layers"], **fields} for layout, fields in LAYOUTS.items()}
+    changed = {k: {f"dynamics.transformer.{f}": v for f, v in fields.items()} for k, fields in layouts.items()}
     cost = {}
     for layout, fields in changed.items():
-        (program,) = programs(override(run.config, fields), ("dynamics",), mesh=run.mesh)
-        cost[layout] = matmul_flops(program.function, *program.arguments)
+        cost[layout] = base.step_flops(run, override(run.config, fields))
     rows = []
     for layout, fields in changed.items():
         steps = max(1, round(dense_steps * cost["dense"] / cost[layout]))

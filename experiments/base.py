@@ -5,11 +5,13 @@ it is, and what is missing is trained. The tpu size is that of ``--full``.
 """
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dreamer4_jax.agent.model import ActorCritic
@@ -38,7 +40,8 @@ SMOKE: dict[str, Any] = {
     "evaluate.frames": 4,
     "evaluate.episodes": 4,
     "evaluate.envs": 4,
-    "dynamics.transformer.scan": True,
+    "dynamics.k_max": 4,
+    "dynamics.transformer.layers": 2,
     "dynamics.transformer.width": 32,
     "dynamics.transformer.head_dim": 8,
     "dynamics.transformer.ffn": 48,
@@ -68,7 +71,12 @@ def held_out(run: Run, clips: int) -> HeldOut:
 
 def step_flops(run: Run, config: Config) -> float:
     """FLOPs of the matrix products of a training step of the dynamics: short and long batches by their shares."""
-    costs = [matmul_flops(p.function, *p.arguments) for p in programs(config, ("dynamics",), mesh=run.mesh)]
+    return _step_flops(config, run.mesh)
+
+
+@cache
+def _step_flops(config: Config, mesh: Mesh) -> float:
+    costs = [matmul_flops(p.function, *p.arguments) for p in programs(config, ("dynamics",), mesh=mesh)]
     every = config.train.dynamics.long_every
     return costs[0] if len(costs) == 1 else costs[0] * (1 - 1 / every) + costs[1] / every
 

@@ -2,7 +2,7 @@
 
     python -m experiments.search --run runs/quickstart-full-seed0  # two hours on a core; its phases 1 and 2 are there
     python -m experiments.search                  # from phase 2 of `make quickstart`, which knows less of rewards
-    python -m experiments.search --size smoke     # two minutes: shows that it runs
+    python -m experiments.search --size smoke     # about a minute: shows that it runs
 
 One frozen world model. Its policies, after phase 2 and after phase 3 (amortised), act at once; best of N, the
 cross-entropy method and Gumbel MuZero search it from the phase-2 policy as prior, with the value of that policy (phase
