@@ -2,6 +2,7 @@
 
 import functools
 import io
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import pytest
 from rich.console import Console
 
 from dreamer4_jax import bench
+from dreamer4_jax.parallel import make_mesh
+from experiments.base import step_flops
+from tests import small
 
 A, B = jnp.ones((4, 8)), jnp.ones((8, 8))
 ONE = 2 * 4 * 8 * 8
@@ -79,3 +83,15 @@ def test_share_is_of_the_median() -> None:
     on = {"device": "cpu", "devices": 1, "matmul_gflops": 100.0}
     Console(file=text, width=120).print(bench.table(on, {"train": row}))
     assert "64.0" in text.getvalue() and "40%" in text.getvalue()
+
+
+def test_a_step_costs_its_short_and_long_batches_by_their_shares() -> None:
+    """Of four steps three are short, of 4 rows of 4 frames, and one is long, of 2 rows of 8."""
+
+    def cost(batch: int, length: int, long: int = 0) -> float:
+        fields = {"batch": batch, "length": length, "long_length": long, "long_every": 4}
+        config = small.config(**{f"train.dynamics.{name}": value for name, value in fields.items()})
+        return step_flops(SimpleNamespace(mesh=make_mesh()), config)  # type: ignore[arg-type]
+
+    assert cost(4, 4) != cost(2, 8)
+    assert cost(4, 4, long=8) == pytest.approx(0.75 * cost(4, 4) + 0.25 * cost(2, 8), rel=1e-12)

@@ -199,6 +199,14 @@ def test_the_pedal_is_gas_above_zero_and_brake_below():
     env.close()
 
 
+def orange(ball, x: float, z: float) -> np.ndarray:
+    """Mean row and column of the cup's and the ball's pixels in a picture with the ball at (x, z)."""
+    with ball.physics.reset_context():
+        ball.physics.named.data.qpos[["ball_x", "ball_z"]] = x, z
+    picture = ball.picture().astype(int)
+    return np.argwhere(picture[..., 0] > picture[..., 2] + 20).mean(0)
+
+
 def test_the_ball_is_caught_by_search():
     pytest.importorskip("dm_control")
     try:
@@ -206,7 +214,11 @@ def test_the_ball_is_caught_by_search():
     except UserError as error:
         pytest.skip(f"nothing to draw with: {error}")
     drawn = env.simulator.picture()
-    assert drawn.shape == (32, 32, 3) and drawn.std() > 5
+    assert drawn.shape == (32, 32, 3)
+    middle, right, up = (orange(env.simulator, *at) for at in ((0.0, 0.2), (0.3, 0.2), (0.0, 0.5)))
+    assert right[1] > middle[1] + 2 and abs(right[0] - middle[0]) < 2
+    assert up[0] < middle[0] - 2 and abs(up[1] - middle[1]) < 2
+    env.reset(seed=0)
     env.simulator.picture = lambda: drawn
     total, info = play(env, env.expert(np.random.default_rng(0)).act)
     assert total > 100 and info["success"] is True

@@ -135,6 +135,14 @@ def test_a_loss_that_returns_no_scalar_or_takes_a_name_of_the_loop_is_refused():
         make_train_step(phase, optimizer)(state, phase.frozen, batch, jax.random.key(1))
 
 
+def test_a_loss_whose_terms_are_not_those_that_the_phase_names_is_refused():
+    phase = Regression()
+    optimizer, state, _ = prepare(phase)
+    phase.terms = ("fit",)
+    with pytest.raises(ValueError, match=r"its loss has the terms \['drift', 'fit'\], it names \['fit'\]"):
+        make_train_step(phase, optimizer)(state, phase.frozen, next(phase.batches(0)), jax.random.key(1))
+
+
 def test_weights_scale_the_gradient_of_a_term_and_not_its_estimate():
     """With weight 0 the term "fit" adds nothing to the gradient, though its running mean square is kept."""
     updated = {}
