@@ -28,16 +28,8 @@ QUICK: dict[str, Any] = {
     "data.bot": 0.2,
     "data.noisy_bot": 0.5,
     "data.burst": 0.1,
-    # The ball covers a hundredth of the picture: a token for each patch, as in the quickstart.
-    "tokenizer.channels": 16,
-    "tokenizer.pack": 1,
     "agent.gamma": 0.99,
-    "train.tokenizer.steps": 2000,
-    "train.dynamics.steps": 2500,
-    "train.dynamics.batch": 4,
-    "train.agent.steps": 1200,
-    "train.agent.batch": 12,
-    "train.agent.length": 12,
+    "train.tokenizer.steps": 3000,  # the ball covers a hundredth of the picture
     "evaluate.episodes": 50,
     "evaluate.envs": 10,  # each has an OpenGL context of its own
 }
@@ -64,8 +56,8 @@ FULL: dict[str, Any] = {
     "name": "ball_in_cup-full",
     "data.frames": 100_000,
     "train.tokenizer.steps": 4000,
-    "train.dynamics.steps": 8000,
-    "train.agent.steps": 4000,
+    "train.dynamics.steps": 20_000,
+    "train.agent.steps": 5000,
     "train.imagination.steps": 1000,
     "evaluate.episodes": 100,
 }
