@@ -58,7 +58,7 @@ FULL: dict[str, Any] = {
     "train.tokenizer.steps": 4000,
     "train.dynamics.steps": 20_000,
     "train.agent.steps": 5000,
-    "train.imagination.steps": 1000,
+    "train.imagination.steps": 3000,
     "evaluate.episodes": 100,
 }
 

@@ -51,7 +51,7 @@ QUICK: dict[str, Any] = {
     "train.tokenizer.batch": 16,
     "train.tokenizer.length": 1,
     "train.tokenizer.lr": 1e-3,
-    "train.dynamics.steps": 5000,
+    "train.dynamics.steps": 6000,
     "train.dynamics.batch": 16,
     "train.dynamics.lr": 3e-3,
     "train.dynamics.optimizer": "muon",
@@ -66,7 +66,7 @@ QUICK: dict[str, Any] = {
     "train.agent.warmup": 20,
     "train.agent.decay": 0.3,
     "train.agent.ema": 0.99,
-    "train.imagination.steps": 300,
+    "train.imagination.steps": 1000,
     "train.imagination.batch": 32,
     "train.imagination.lr": 2e-3,
     "train.imagination.warmup": 10,
@@ -98,7 +98,7 @@ FULL: dict[str, Any] = {
     "train.tokenizer.steps": 3000,
     "train.dynamics.steps": 20_000,
     "train.agent.steps": 5000,
-    "train.imagination.steps": 1000,
+    "train.imagination.steps": 3000,
     "evaluate.episodes": 300,
 }
 
