@@ -2,7 +2,7 @@
 
     python -m experiments.attention_scaling                  # 15 minutes on 2 cores, most of it trainings
     python -m experiments.attention_scaling --scaling-only   # 4 minutes: no trainings
-    python -m experiments.attention_scaling --size smoke     # about a minute
+    python -m experiments.attention_scaling --size smoke     # under a minute
 
 Three layouts of the same four layers: dense block-causal attention in each (the baseline of paper Table 2), space and
 time by turns, and the paper's time layer every fourth. FLOPs and memory are those of the compiled gradient of one
@@ -42,12 +42,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "time every 4th": {"time_every": 4},
 }
 # Frames T at `tokens`, tokens N at `frames`; time is measured where the temporary memory is below `limit` bytes.
+# `trained`: the layouts whose quality is compared.
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(T=(2,), N=(2,), tokens=4, frames=2, limit=1e9, repeats=1, dense_steps=2, clips=4),
+    "smoke": dict(T=(2,), N=(2,), tokens=4, frames=2, limit=1e9, repeats=1, dense_steps=2, clips=4,
+                  trained=("dense", "time every 4th")),
     "laptop": dict(T=(4, 8, 16, 32, 64), N=(16, 32, 64, 128, 256), tokens=32, frames=8, limit=1.5e9, repeats=5,
-                   dense_steps=120, clips=64),
+                   dense_steps=120, clips=64, trained=tuple(LAYOUTS)),
     "tpu": dict(T=(16, 32, 64, 128, 256), N=(32, 64, 128, 256, 512), tokens=64, frames=32, limit=1e10, repeats=20,
-                dense_steps=2000, clips=256),
+                dense_steps=2000, clips=256, trained=tuple(LAYOUTS)),
 }  # fmt: skip
 NET = dict(layers=4, width=64, heads=4, kv_heads=4, head_dim=16, ffn=176, scan=False)  # unrolled: a loop counts once
 
@@ -140,12 +142,12 @@ def theory(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def quality(call: Call, seed: int, dense_steps: int, clips: int) -> list[dict[str, Any]]:
-    """Each layout trained for the FLOPs of `dense_steps` steps of the dense one, and what it then imagines."""
+def quality(call: Call, seed: int, trained: Sequence[str], dense_steps: int, clips: int) -> list[dict[str, Any]]:
+    """Each layout of `trained`, for the FLOPs of `dense_steps` steps of the dense one, and what it then imagines."""
     run = base.trained(call, seed, "tokenizer")
     held = base.held_out(run, clips)
     steps_shown = min(4, run.config.dynamics.k_max)
-    layouts = {layout: {"layers": NET["layers"], **fields} for layout, fields in LAYOUTS.items()}
+    layouts = {layout: {"layers": NET["layers"], **LAYOUTS[layout]} for layout in trained}
     changed = {k: {f"dynamics.transformer.{f}": v for f, v in fields.items()} for k, fields in layouts.items()}
     cost = {}
     for layout, fields in changed.items():
@@ -196,10 +198,11 @@ def draw(rows: list[dict[str, Any]], learned: list[dict[str, Any]]) -> Figure:
     if not learned:
         return figure
     last = axes[-1]
-    for i, row in enumerate(learned):
+    seeds = list(dict.fromkeys(row["seed"] for row in learned))
+    for row in learned:
         mean, low, high = (100 * row["changed_accuracy"][k] for k in ("mean", "low", "high"))
-        at_x = i % len(LAYOUTS) + 0.12 * (i // len(LAYOUTS))
-        colour = plots.PALETTE[i % len(LAYOUTS)]
+        place = list(LAYOUTS).index(row["layout"])
+        at_x, colour = place + 0.12 * seeds.index(row["seed"]), plots.PALETTE[place]
         last.errorbar(at_x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3, color=colour)
         last.annotate(f"{row['steps']}\nsteps", (at_x, mean), (8, -3), textcoords="offset points", color=colour)
     floor = 100 * learned[0]["repeat_changed_accuracy"]["mean"]
@@ -251,7 +254,8 @@ def finding(
     )
     if not learned:
         return " ".join([*parts, "Prediction quality was left out of this call."])
-    best = {k: [r["changed_accuracy"] for r in learned if r["layout"] == k] for k in LAYOUTS}
+    layouts = dict.fromkeys(r["layout"] for r in learned)
+    best = {k: [r["changed_accuracy"] for r in learned if r["layout"] == k] for k in layouts}
     mean = {k: 100 * float(np.mean([v["mean"] for v in values])) for k, values in best.items()}
     cleared = (
         all(a["low"] > b["high"] for a, b in zip(best["time every 4th"], best["dense"], strict=True)),
@@ -264,7 +268,7 @@ def finding(
     }[cleared]
     parts.append(
         "After trainings of equal FLOPs, changed tiles are right in "
-        + ", ".join(f"{mean[k]:.1f} % ({k})" for k in LAYOUTS)
+        + ", ".join(f"{of:.1f} % ({k})" for k, of in mean.items())
         + f" of cases; {verdict}. Intervals are over clips of one training each, and the budget is short: it says "
         "which layout learns more per FLOP at first, not which is better when trained out, as paper Table 2 compares."
     )
@@ -284,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     fits, polynomials = exponents(rows), theory(rows)
     seeds = () if call.args.scaling_only else call.seeds
-    learned = [row for seed in seeds for row in quality(call, seed, size["dense_steps"], size["clips"])]
+    budget = size["trained"], size["dense_steps"], size["clips"]
+    learned = [row for seed in seeds for row in quality(call, seed, *budget)]
     figure = draw(rows, learned)
     call.write(
         [*fits, *polynomials, *learned, *rows],

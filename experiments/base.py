@@ -31,9 +31,9 @@ QUICKSTART = {"smoke": "smoke", "laptop": "quick", "tpu": "full"}
 # Enough to go through every line; nothing is learned.
 SMOKE: dict[str, Any] = {
     "name": "experiments-smoke",
-    "data.frames": 1000,
-    "data.chunks_per_shard": 4,
-    "train.tokenizer.steps": 10,
+    "data.frames": 500,
+    "data.chunks_per_shard": 2,
+    "train.tokenizer.steps": 4,
     "train.dynamics.steps": 4,
     "train.agent.steps": 2,
     "evaluate.clips": 4,
@@ -45,8 +45,10 @@ SMOKE: dict[str, Any] = {
     "dynamics.transformer.width": 32,
     "dynamics.transformer.head_dim": 8,
     "dynamics.transformer.ffn": 48,
+    "train.dynamics.optimizer": "adamw",  # compiles faster than muon
     "train.dynamics.batch": 2,
     "train.dynamics.length": 4,
+    "train.agent.optimizer": "adamw",
     "train.agent.batch": 4,
     "train.agent.length": 4,
 }

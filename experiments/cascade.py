@@ -1,7 +1,7 @@
 """The design cascade of paper Table 2 on small open data: what each step from diffusion forcing to Dreamer 4 brings.
 
     python -m experiments.cascade                  # three and a half hours on a core
-    python -m experiments.cascade --size smoke     # about a minute, most of it compiling
+    python -m experiments.cascade --size smoke     # under a minute, most of it compiling
     python -m experiments.cascade --size tpu       # fifteen times the compute
 
 Each row adds one choice to the row above it. The paper trains every row for the same 48 hours; here every row gets the

@@ -1,7 +1,7 @@
 """How much of the video needs actions before a world model can be steered (paper 4.3 and Fig 7)?
 
     python -m experiments.label_efficiency                       # two hours on one core
-    python -m experiments.label_efficiency --size smoke          # some minutes; the first time procgen is installed
+    python -m experiments.label_efficiency --size smoke          # under a minute once procgen is installed
     python -m experiments.label_efficiency --data data/coinrun   # on a dataset that is there
 
 CoinRun is played at random by launch/record_procgen.sh, unless --data holds a dataset already: one half of the levels

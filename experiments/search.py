@@ -2,7 +2,7 @@
 
     python -m experiments.search --run runs/quickstart-full-seed0  # two hours on a core; its phases 1 and 2 are there
     python -m experiments.search                  # from phase 2 of `make quickstart`, which knows less of rewards
-    python -m experiments.search --size smoke     # about a minute: shows that it runs
+    python -m experiments.search --size smoke     # under a minute: shows that it runs
 
 One frozen world model. Its policies, after phase 2 and after phase 3 (amortised), act at once; best of N, the
 cross-entropy method and Gumbel MuZero search it from the phase-2 policy as prior, with the value of that policy (phase
@@ -39,7 +39,7 @@ STUDY = Study(
 )
 REAL_TIME = 50.0  # ms a decision at 20 decisions a second
 SIZES: dict[str, dict[str, Any]] = {
-    "smoke": dict(trees=(2,), rollouts=(2,), rounds=(), real=(2,), horizon=2, episodes=2, timed=2, streams=2),
+    "smoke": dict(trees=(2,), rollouts=(2,), rounds=(), real=(2,), horizon=2, episodes=2, timed=2, streams=1),
     "laptop": dict(trees=(1, 4, 16, 64, 256), rollouts=(1, 4, 16, 64), rounds=(8, 32), real=(4, 16), horizon=8,
                    episodes=64, timed=30, streams=16),
     "tpu": dict(trees=(1, 4, 16, 64, 256), rollouts=(1, 4, 16, 64, 256), rounds=(8, 32, 128, 256), real=(4, 16, 64),
@@ -148,9 +148,10 @@ def cells(call: Call, run: Run, seed: int) -> Iterator[dict[str, Any]]:
         amortised.append(measure(run, name, act, size, None, size["streams"], train))
     yield from amortised
     for name, search, real in call.track(list(searches(size, c.agent.gamma)), f"searching, seed {seed}"):
+        # One for all policies of a cell: each is a program of its own. Every decision restarts it.
+        copies = EnvCopies(c.tokenizer.height, c.tokenizer.width, seed=seed) if real else None
 
-        def think(search=search, real=real, name=name):
-            copies = EnvCopies(c.tokenizer.height, c.tokenizer.width, seed=seed) if real else None
+        def think(search=search, copies=copies, name=name):
             return SearchPolicy(oracle, agent.policy, valued.value, search, seed=seed, name=name, real=copies)
 
         # A tree keeps `depth` frames' history in each node, a rollout a whole window: bound what is held at once.

@@ -1,7 +1,7 @@
 """Is the world model a transition graph? FrozenLake, learned from random play and compared edge by edge with its table.
 
     python -m experiments.transition_graph                 # about 15 minutes on 2 cores
-    python -m experiments.transition_graph --size smoke    # two minutes: shows that it runs
+    python -m experiments.transition_graph --size smoke    # under a minute: shows that it runs
 
 Gymnasium's slippery 4 x 4 lake: 13 states that look different (the four holes look, and are, the same), 4 actions, each
 of which goes where it should or to either side with probability 1/3. The world model sees 64 x 64 pictures of random
@@ -70,13 +70,17 @@ LAKE: dict[str, Any] = {
 }
 SMOKE: dict[str, Any] = {
     "name": "frozenlake-smoke",
-    "data.frames": 4000,
-    "data.chunks_per_shard": 16,
+    "data.frames": 1000,
+    "data.chunks_per_shard": 4,
     "data.workers": 1,
+    "dynamics.k_max": 2,
+    "dynamics.transformer.layers": 2,
     "dynamics.transformer.width": 32,
     "dynamics.transformer.head_dim": 8,
     "dynamics.transformer.ffn": 48,
-    "train.tokenizer.steps": 20,
+    "train.tokenizer.steps": 4,
+    "train.tokenizer.batch": 2,
+    "train.dynamics.batch": 2,
     "train.dynamics.steps": 4,
     "train.dynamics.length": 4,
     "train.agent.steps": 2,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dreamer4_jax.nn import layers
+from dreamer4_jax.nn.layers import Rotation
 from tests import reference
 
 # float32 keeps 24 bits: a few dozen roundings stay below this.
@@ -61,7 +62,7 @@ def test_rope_1d():
     x, positions = normal(2, 3, 6, 8), np.array([0, 1, 2, 5, 40, 300])
     angles = layers.time_angles(jnp.asarray(positions), 8, 10_000.0)
     expected = reference.rope_1d(x, positions, 10_000.0)
-    np.testing.assert_allclose(layers.rotate(x, angles), expected, rtol=1e-4, atol=5e-5)
+    np.testing.assert_allclose(layers.rotate(x, Rotation.by(angles)), expected, rtol=1e-4, atol=5e-5)
 
 
 def test_rope_2d():
@@ -70,7 +71,7 @@ def test_rope_2d():
     angles = layers.space_angles(np.stack([rows, columns], -1), 8, 10.0)
     assert angles.shape == (6, 4) and angles.dtype == np.float32
     expected = reference.rope_2d(x, rows, columns, 10.0)
-    np.testing.assert_allclose(layers.rotate(x, angles, axes=2), expected, **CLOSE)
+    np.testing.assert_allclose(layers.rotate(x, Rotation.by(angles, axes=2)), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("axes", [1, 2])
@@ -78,17 +79,18 @@ def test_rope_2d():
 def test_rotation_by_a_product_is_the_same(monkeypatch, axes, dtype):
     """What a TPU does instead of slicing channels."""
     x, angles = jnp.asarray(normal(2, 3, 5, 8), dtype), layers.time_angles(jnp.arange(5), 8, 10_000.0)
-    sliced = layers.rotate(x, angles, axes)
+    rotation = Rotation.by(angles, axes)
+    sliced = layers.rotate(x, rotation)
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
-    assert np.array_equal(layers.rotate(x, angles, axes), sliced) and sliced.dtype == dtype
+    assert np.array_equal(layers.rotate(x, rotation), sliced) and sliced.dtype == dtype
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
     q, k = normal(1, 8), normal(1, 8, seed=1)
 
     def score(i, j):
-        turned = [layers.rotate(x, layers.time_angles(jnp.array([p]), 8, 10_000.0)) for x, p in ((q, i), (k, j))]
-        return float(jnp.vdot(*turned))
+        turn = lambda x, at: layers.rotate(x, Rotation.by(layers.time_angles(jnp.array([at]), 8, 10_000.0)))
+        return float(jnp.vdot(turn(q, i), turn(k, j)))
 
     assert score(7, 4) == pytest.approx(score(2003, 2000), abs=2e-3)
     assert abs(score(7, 4) - score(7, 5)) > 0.01
@@ -107,7 +109,7 @@ def test_time_angles_are_float32_at_frame_2000():
 def test_rotation_of_bfloat16_uses_float32_angles():
     x = jnp.asarray(normal(2, 201, 16), jnp.bfloat16)
     positions = np.arange(1900, 2101)
-    y = layers.rotate(x, layers.time_angles(jnp.asarray(positions), 16, 10_000.0))
+    y = layers.rotate(x, Rotation.by(layers.time_angles(jnp.asarray(positions), 16, 10_000.0)))
     assert y.dtype == jnp.bfloat16
     exact = reference.rope_1d(np.asarray(x, np.float64), positions, 10_000.0)
     np.testing.assert_allclose(y.astype(np.float32), exact, rtol=2**-8, atol=2e-3)

@@ -10,6 +10,7 @@ import pytest
 
 from dreamer4_jax.nn import Mask, Transformer, layers
 from dreamer4_jax.nn import cache as ring
+from dreamer4_jax.nn.layers import Rotation
 from dreamer4_jax.nn.transformer import _centres, _joint_centres, first_of_segment
 from tests import reference
 from tests.small import dependencies, drawn, transformer_config
@@ -140,8 +141,8 @@ def test_tokens_without_a_place_neither_have_nor_attract_local_attention():
     layer = jax.tree.map(lambda leaf: leaf[0], net.periods).space[0]
     bare = jax.tree.map(lambda x: x, layer)
     bare.attention.q_bias = jax.tree.map(jnp.zeros_like, layer.attention.q_bias)
-    angles = layers.space_angles(PLACES, net.cfg.head_dim, net.cfg.rope_base_space)
-    run = jax.jit(lambda p, placed: p.space(inputs(), angles, Mask(), placed), static_argnums=1)
+    rotation = Rotation.by(layers.space_angles(PLACES, net.cfg.head_dim, net.cfg.rope_base_space), axes=2)
+    run = jax.jit(lambda p, placed: p.space(inputs(), rotation, Mask(), placed), static_argnums=1)
     plain = run(bare, None)
     some = run(layer, (True, False, True))
     np.testing.assert_array_equal(some[:, :, 1], plain[:, :, 1])

@@ -1,6 +1,7 @@
 """Norms, rotary embeddings, SwiGLU and parameter initialisation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -97,26 +98,44 @@ def space_angles(coordinates: np.ndarray, dim: int, base: float) -> np.ndarray:
 
 def joint_angles(time: Array, space: np.ndarray) -> Float[Array, "... T N K/2"]:
     """Angles of tokens in space and time: the first half of a head turns by `time` [..., T, K/4], the second by `space`
-    [N, K/4]; `rotate` them with axes = 4."""
+    [N, K/4]: a `Rotation` of four axes."""
     wide = (*time.shape[:-1], *space.shape)
     return jnp.concatenate([jnp.broadcast_to(time[..., None, :], wide), jnp.broadcast_to(space, wide)], axis=-1)
 
 
-def rotate(x: Float[Array, "... L K"], angles: Array | np.ndarray, axes: int = 1) -> Float[Array, "... L K"]:
-    """Rotary embedding: turns pairs of channels by `angles` [..., L, K/2] (float32).
+@dataclass(frozen=True)
+class Rotation:
+    """What `rotate` turns channels by: float32 [..., L, K] of each channel, made once for all layers and heads.
 
     The K channels are `axes` equal blocks (1: time; 2: rows and columns; 4: two of time, rows and columns); in a block
     channel i pairs with i + half.
     """
-    half = x.shape[-1] // axes // 2
-    blocks = [slice(i * half, (i + 1) * half) for i in range(axes)]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    cos = jnp.concatenate([cos[..., b] for b in blocks for _ in range(2)], axis=-1)
-    sin = jnp.concatenate([s * sin[..., b] for b in blocks for s in (-1.0, 1.0)], axis=-1)
-    partner = np.arange(x.shape[-1]).reshape(axes, 2, half)[:, ::-1].reshape(-1)
+
+    cos: Array
+    sin: Array  # negative for the first of a pair
+    axes: int
+
+    @classmethod
+    def by(cls, angles: Array | np.ndarray, axes: int = 1) -> "Rotation":
+        """By `angles` [..., L, K/2] (float32)."""
+        half = angles.shape[-1] // axes
+        blocks = [slice(i * half, (i + 1) * half) for i in range(axes)]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos = jnp.concatenate([cos[..., b] for b in blocks for _ in range(2)], axis=-1)
+        return cls(cos, jnp.concatenate([s * sin[..., b] for b in blocks for s in (-1.0, 1.0)], axis=-1), axes)
+
+    def each(self) -> "Rotation":
+        """[..., 1, L, K]: the same for all heads, or for all tokens."""
+        return replace(self, cos=self.cos[..., None, :, :], sin=self.sin[..., None, :, :])
+
+
+def rotate(x: Float[Array, "... L K"], by: Rotation) -> Float[Array, "... L K"]:
+    """Rotary embedding: turns pairs of channels."""
+    half = x.shape[-1] // by.axes // 2
+    partner = np.arange(x.shape[-1]).reshape(by.axes, 2, half)[:, ::-1].reshape(-1)
     if platform() == "tpu":
         # Channels are lanes of a tile, between which only a product moves things fast. Each sum has one term: exact.
         other = jnp.matmul(x, np.eye(len(partner), dtype=x.dtype)[partner], precision="highest")
     else:
         other = jnp.concatenate([x[..., p : p + half] for p in partner[::half]], axis=-1)
-    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * by.cos + other.astype(jnp.float32) * by.sin).astype(x.dtype)

@@ -18,9 +18,11 @@ from dreamer4_jax.config import TransformerConfig
 from dreamer4_jax.nn import layers
 from dreamer4_jax.nn.attention import Mask, attention
 from dreamer4_jax.nn.cache import Cache
+from dreamer4_jax.nn.layers import Rotation
 from dreamer4_jax.parallel.sharding import constrain
 
 Placed = Bool[np.ndarray, " N"] | None  # which tokens have a place in the frame; None: all
+Past = tuple[Array, Array, Rotation, Mask] | None
 
 
 class Attention(nnx.Module):
@@ -48,10 +50,8 @@ class Attention(nnx.Module):
         self.k_bias = nnx.Param(jnp.full((dim,), local, jnp.float32), axes=("head_dim",)) if np.any(local) else None
         self.softcap = cfg.softcap or None
 
-    def project(
-        self, x: Float[Array, "... L D"], angles: Array | np.ndarray, axes: int = 1
-    ) -> tuple[Array, Array, Array]:
-        """q [..., H, L, K], k and v [..., G, L, K]; queries and keys normalised, and turned by `angles`."""
+    def project(self, x: Float[Array, "... L D"], rotation: Rotation) -> tuple[Array, Array, Array]:
+        """q [..., H, L, K], k and v [..., G, L, K]; queries and keys normalised and turned."""
         # Heads first at once: everything that follows then works in one layout, and q, k and v are whole blocks of it.
         # Not drawn into the product: XLA would lay all weights out anew to have it write heads first.
         qkv = jax.lax.optimization_barrier(x @ self.qkv[...].astype(x.dtype))
@@ -62,30 +62,27 @@ class Attention(nnx.Module):
         k, v = heads[..., -2, :, :], heads[..., -1, :, :]
         if self.q_scale is not None and self.k_scale is not None:
             q, k = layers.rms_norm(q, self.q_scale[...]), layers.rms_norm(k, self.k_scale[...])
-        angles = angles[..., None, :, :]
-        return layers.rotate(q, angles, axes), layers.rotate(k, angles, axes), v
+        rotation = rotation.each()
+        return layers.rotate(q, rotation), layers.rotate(k, rotation), v
 
-    def local(
-        self, q_angles: Array | np.ndarray, k_angles: Array | np.ndarray, axes: int = 1
-    ) -> Float[Array, "... H L S"] | None:
-        """Logits of local attention between tokens at two sets of angles [..., K/2]: the rotated biases' product.
+    def local(self, of_q: Rotation, of_k: Rotation) -> Float[Array, "... H L S"] | None:
+        """Logits of local attention between tokens at two sets of rotations: the rotated biases' product.
 
         Added to those of the content instead of to queries and keys, where each bias would also meet the other
         side's content.
         """
         if self.q_bias is None or self.k_bias is None:
             return None
-        q = layers.rotate(self.q_bias[...][:, None], q_angles[..., None, :, :], axes)
-        k = layers.rotate(self.k_bias[...], k_angles, axes)
+        q = layers.rotate(self.q_bias[...][:, None], of_q.each())
+        k = layers.rotate(self.k_bias[...], of_k)
         return _logits(q, k)
 
-    def local_jointly(self, q_angles: Array, k_angles: Array, placed: np.ndarray) -> Float[Array, "... H L S"] | None:
-        """`local` between tokens at angles of space and time; in space only among those that have a place, `placed`
-        [L, S]."""
+    def local_jointly(self, of_q: Rotation, of_k: Rotation, placed: np.ndarray) -> Float[Array, "... H L S"] | None:
+        """`local` between tokens in space and time; in space only among those that have a place, `placed` [L, S]."""
         if self.q_bias is None or self.k_bias is None:
             return None
-        q = layers.rotate(self.q_bias[...][:, None], q_angles[..., None, :, :], axes=4)
-        k = layers.rotate(self.k_bias[...], k_angles, axes=4)
+        q = layers.rotate(self.q_bias[...][:, None], of_q.each())
+        k = layers.rotate(self.k_bias[...], of_k)
         half = self.dim // 2
         both = _logits(q[..., :half], k[..., :half]) + placed * _logits(q[..., half:], k[..., half:])
         return 2**0.5 * both  # each half as strong as a whole head in a layer of its own
@@ -110,12 +107,12 @@ class Layer(nnx.Module):
         self.mlp = layers.SwiGLU(mlp, cfg.width, cfg.ffn, out_scale=(2 * cfg.layers) ** -0.5)
 
     def space(
-        self, x: Float[Array, "B T N D"], angles: np.ndarray, mask: Mask, placed: Placed
+        self, x: Float[Array, "B T N D"], rotation: Rotation, mask: Mask, placed: Placed
     ) -> Float[Array, "B T N D"]:
         with jax.named_scope("space_attention"):
             x = constrain(x, "batch", "sharded", None, None)  # every device has frames of its own, whole
-            q, k, v = self.attention.project(self.norm1(x), angles, axes=2)
-            bias = self.attention.local(angles, angles, axes=2)
+            q, k, v = self.attention.project(self.norm1(x), rotation)
+            bias = self.attention.local(rotation, rotation)
             if bias is not None and placed is not None:
                 bias = bias * np.outer(placed, placed)
             y = attention(q, k, v, mask, bias, softcap=self.attention.softcap, heads_first=True)
@@ -124,19 +121,19 @@ class Layer(nnx.Module):
             return x + self.mlp(self.norm2(x))
 
     def time(
-        self, x: Float[Array, "B T N D"], angles: Array, mask: Mask, past: tuple[Array, Array, Array, Mask] | None
+        self, x: Float[Array, "B T N D"], rotation: Rotation, mask: Mask, past: Past
     ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
-        """`past`: keys and values [B, N, G, W, K] of the ring, its angles and mask. Returns also the new keys and
+        """`past`: keys and values [B, N, G, W, K] of the ring, its rotation and mask. Returns also the new keys and
         values [B, N, G, T, K]."""
         with jax.named_scope("time_attention"):
             # From frames to tokens: every device has tokens of its own at all times.
             y = constrain(jnp.swapaxes(self.norm1(x), 1, 2), "batch", "sharded", None, None)
-            q, k, v = self.attention.project(y, angles[:, None])
+            q, k, v = self.attention.project(y, rotation.each())
             q, k, v = (constrain(z, "batch", "sharded", "heads", None, None) for z in (q, k, v))
-            bias = self._local_in_time(angles, angles)
+            bias = self._local_in_time(rotation, rotation)
             sources: Any = (k, v, mask, bias)
             if past is not None:
-                biases = self._local_in_time(angles, past[2]), bias
+                biases = self._local_in_time(rotation, past[2]), bias
                 sources = (past[0], k), (past[1], v), (past[3], mask), biases
             y = attention(q, *sources, softcap=self.attention.softcap, heads_first=True)
             y = self.attention.output(constrain(y, "batch", "sharded", "heads", None, None))
@@ -149,23 +146,23 @@ class Layer(nnx.Module):
     def joint(
         self,
         x: Float[Array, "B T N D"],
-        angles: Array,
+        rotation: Rotation,
         mask: Mask,
         placed: Placed,
-        past: tuple[Array, Array, Array, Mask] | None,
+        past: Past,
     ) -> tuple[Float[Array, "B T N D"], tuple[Array, Array]]:
-        """As `time`, over all tokens of all frames; `angles` are [B, T N, K/2], those of the ring [B, N W, K/2]."""
+        """As `time`, over all tokens of all frames: `rotation` is of [B, T N, K], that of the ring of [B, N W, K]."""
         batch, frames, tokens, width = x.shape
         at = np.ones(tokens) if placed is None else placed.astype(float)
         rows = np.tile(at, frames)
         with jax.named_scope("joint_attention"):
             x = constrain(x, "batch", None, None, None)
-            q, k, v = self.attention.project(self.norm1(x).reshape(batch, -1, width), angles, axes=4)
-            sources: Any = (k, v, mask, self.attention.local_jointly(angles, angles, np.outer(rows, rows)))
+            q, k, v = self.attention.project(self.norm1(x).reshape(batch, -1, width), rotation)
+            sources: Any = (k, v, mask, self.attention.local_jointly(rotation, rotation, np.outer(rows, rows)))
             if past is not None:
                 flat = lambda ring: jnp.moveaxis(ring, 2, 1).reshape(batch, ring.shape[2], -1, ring.shape[-1])
                 over = np.outer(rows, np.repeat(at, past[0].shape[3]))
-                biases = self.attention.local_jointly(angles, past[2], over), sources[3]
+                biases = self.attention.local_jointly(rotation, past[2], over), sources[3]
                 sources = (flat(past[0]), k), (flat(past[1]), v), (past[3], mask), biases
             y = attention(q, *sources, softcap=self.attention.softcap, heads_first=True)
             x = x + self.attention.output(y).reshape(x.shape)
@@ -173,8 +170,8 @@ class Layer(nnx.Module):
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x)), (by_token(k), by_token(v))
 
-    def _local_in_time(self, q_angles: Array, k_angles: Array) -> Float[Array, "B 1 H L S"] | None:
-        bias = self.attention.local(q_angles, k_angles)
+    def _local_in_time(self, of_q: Rotation, of_k: Rotation) -> Float[Array, "B 1 H L S"] | None:
+        bias = self.attention.local(of_q, of_k)
         return None if bias is None else bias[:, None]
 
 
@@ -185,9 +182,9 @@ def _centres(cfg: TransformerConfig) -> tuple[Array, Array]:
     """
     sides, before = _offsets(cfg)
     unit = jnp.ones((cfg.heads, cfg.head_dim))
-    around = layers.rotate(unit, layers.space_angles(sides, cfg.head_dim, cfg.rope_base_space), axes=2)
-    past = layers.rotate(unit, layers.time_angles(before, cfg.head_dim, cfg.rope_base_time))
-    return around, past
+    around = Rotation.by(layers.space_angles(sides, cfg.head_dim, cfg.rope_base_space), axes=2)
+    past = Rotation.by(layers.time_angles(before, cfg.head_dim, cfg.rope_base_time))
+    return layers.rotate(unit, around), layers.rotate(unit, past)
 
 
 def _offsets(cfg: TransformerConfig) -> tuple[np.ndarray, Array]:
@@ -202,7 +199,7 @@ def _joint_centres(cfg: TransformerConfig) -> tuple[np.ndarray, Array]:
     time = layers.time_angles(before, half, cfg.rope_base_time)
     angles = jnp.concatenate([time, layers.space_angles(sides, half, cfg.rope_base_space)], axis=-1)
     size = np.repeat([cfg.local_time, cfg.local_space], half)
-    return size, layers.rotate(jnp.ones((cfg.heads, cfg.head_dim)), angles, axes=4)
+    return size, layers.rotate(jnp.ones((cfg.heads, cfg.head_dim)), Rotation.by(angles, axes=4))
 
 
 class Period(nnx.Module):
@@ -256,13 +253,13 @@ class Transformer(nnx.Module):
         x = x.astype(cfg.dtype)
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.next
         positions = start[:, None] + jnp.arange(frames, dtype=jnp.int32)
-        space = layers.space_angles(coordinates, cfg.head_dim, cfg.rope_base_space)
+        space = Rotation.by(layers.space_angles(coordinates, cfg.head_dim, cfg.rope_base_space), axes=2)
         ring_pos = ring_seg = None
         if cache is not None:
             ring_pos = cache.pos
             ring_seg = None if segments is None else jnp.broadcast_to(segments[:, :1], ring_pos.shape)
         view = _frames_of_a_token if cfg.time_factorised else _all_tokens(coordinates, space_mask)
-        time, mask, past_angles, past_mask = view(cfg, positions, segments, ring_pos, ring_seg)
+        time, mask, of_past, past_mask = view(cfg, positions, segments, ring_pos, ring_seg)
         keep = keep or cache is not None
 
         def body(x, scanned):
@@ -271,7 +268,7 @@ class Transformer(nnx.Module):
                 x = layer.space(x, space, space_mask, placed)
             if period.time is None:
                 return x, None
-            past = None if ring is None else (*ring, past_angles, past_mask)
+            past = None if ring is None else (*ring, of_past, past_mask)
             if cfg.time_factorised:
                 x, kv = period.time.time(x, time, mask, past)
             else:
@@ -300,16 +297,16 @@ def _frames_of_a_token(
     seg: Int[Array, "B T"] | None,
     ring_pos: Int[Array, "B W"] | None,
     ring_seg: Int[Array, "B W"] | None,
-) -> tuple[Array, Mask, Array | None, Mask | None]:
-    """Angles and masks of factorised time layers: of the T frames among themselves, and of the ring behind them."""
+) -> tuple[Rotation, Mask, Rotation | None, Mask | None]:
+    """Rotations and masks of factorised time layers: of the T frames among themselves, and of the ring behind them."""
     of_token = lambda x: None if x is None else x[:, None]  # [B, 1, T], the same for every token
-    angles = partial(layers.time_angles, dim=cfg.head_dim, base=cfg.rope_base_time)
+    turn = lambda at: Rotation.by(layers.time_angles(at, cfg.head_dim, cfg.rope_base_time))
     now, at = of_token(positions), of_token(seg)
     mask = Mask(q_pos=now, k_pos=now, q_seg=at, k_seg=at, window=cfg.window)
     if ring_pos is None:
-        return angles(positions), mask, None, None
+        return turn(positions), mask, None, None
     past = Mask(q_pos=now, k_pos=of_token(ring_pos), q_seg=at, k_seg=of_token(ring_seg), window=cfg.window)
-    return angles(positions), mask, angles(ring_pos), past
+    return turn(positions), mask, turn(ring_pos), past
 
 
 def _all_tokens(coordinates: np.ndarray, space_mask: Mask):
@@ -326,15 +323,15 @@ def _all_tokens(coordinates: np.ndarray, space_mask: Mask):
         types, rules = space_mask.types, space_mask.rules
         rows = None if types is None else types * positions.shape[1]
         mask = Mask(now, now, at, at, cfg.window, rows, rules)
-        angles = joint.reshape(joint.shape[0], -1, half)
+        turn = lambda angles: Rotation.by(angles.reshape(angles.shape[0], -1, half), axes=4)
         if ring_pos is None:
-            return angles, mask, None, None
+            return turn(joint), mask, None, None
         slots = ring_pos.shape[1]
         ring = jnp.swapaxes(layers.joint_angles(time(ring_pos), space), 1, 2)  # as the ring lies: [B, N, W, K/2]
         columns = None if types is None else tuple(t for t in types for _ in range(slots))
         old = lambda x: None if x is None else jnp.tile(x, (1, tokens))  # [B, N W]
         past = Mask(now, old(ring_pos), at, old(ring_seg), cfg.window, rows, rules, columns)
-        return angles, mask, ring.reshape(ring.shape[0], -1, half), past
+        return turn(joint), mask, turn(ring), past
 
     return view
 
