@@ -1,7 +1,7 @@
 """DeepMind Control's ball in cup, from pixels and recorded play alone: two forces, and a reward while the ball is in.
 
     pip install "dreamer4_jax[control]"
-    dreamer4 run ball_in_cup                   # larger than a laptop likes: drawing 40,000 frames alone takes a while
+    dreamer4 run ball_in_cup                   # 90 minutes on one core, beside other work
     dreamer4 run ball_in_cup --smoke           # the same stages at toy size
 
 The data is mediocre: an expert that tries random movements in a copy of the simulator in a fifth of the episodes, the
@@ -30,6 +30,8 @@ QUICK: dict[str, Any] = {
     "data.burst": 0.1,
     "agent.gamma": 0.99,
     "train.tokenizer.steps": 3000,  # the ball covers a hundredth of the picture
+    "train.dynamics.steps": 5000,
+    "train.imagination.steps": 300,
     "evaluate.episodes": 50,
     "evaluate.envs": 10,  # each has an OpenGL context of its own
 }

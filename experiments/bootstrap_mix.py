@@ -1,7 +1,7 @@
 """Does it matter how the two branches of shortcut forcing share a batch, and whose weights teach?
 
     python -m experiments.bootstrap_mix                  # two hours on a core, beside other work
-    python -m experiments.bootstrap_mix --size smoke     # about a minute
+    python -m experiments.bootstrap_mix --size smoke     # under a minute
     python -m experiments.bootstrap_mix --size tpu       # seven times the steps, eight times the rows
 
 The paper draws (tau, d) for every frame (Eq 4) and writes the network itself, with a stop-gradient, as the teacher of

@@ -2,7 +2,7 @@
 
     python -m experiments.perceptual                                  # about 15 minutes on 2 cores
     python -m experiments.perceptual --data data/coinrun data/crafter # about 15 minutes for each dataset
-    python -m experiments.perceptual --size smoke                     # two minutes
+    python -m experiments.perceptual --size smoke                     # under a minute
     python -m experiments.perceptual --size tpu --data data/coinrun   # 25 times the steps, all frames compared
 
 The paper trains on squared error + 0.2 LPIPS, both normalised (Eq 5), and does not report the loss without the second

@@ -2,7 +2,7 @@
 
     python -m experiments.pmpo --run runs/quickstart-full-seed0  # 75 minutes on a core; its phases 1 and 2 are there
     python -m experiments.pmpo                      # from phase 2 of `make quickstart`, which knows less of rewards
-    python -m experiments.pmpo --size smoke         # about a minute: shows that it runs
+    python -m experiments.pmpo --size smoke         # under a minute: shows that it runs
 
 Takes one finished phase 2 (that of runs/quickstart-seed0, trained if it is not there, or another run's) and trains
 phase 3 from it on each seed with each objective: the same frozen world model, contexts, number and length of rollouts,

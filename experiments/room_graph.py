@@ -2,7 +2,7 @@
 
     python -m experiments.room_graph                 # about 10 minutes on 2 cores, after `make quickstart`
     python -m experiments.room_graph --run DIR       # another run with phase 2
-    python -m experiments.room_graph --size smoke    # about a minute: shows that it runs
+    python -m experiments.room_graph --size smoke    # under a minute: shows that it runs
 
 A room has some hundred states: where the agent stands and looks. Their frames decode to them exactly, and where a move
 leads is found in copies of the environment. The model of runs/quickstart-seed<N>, which was never trained on these
