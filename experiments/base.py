@@ -33,6 +33,7 @@ SMOKE: dict[str, Any] = {
     "name": "experiments-smoke",
     "data.frames": 500,
     "data.chunks_per_shard": 2,
+    "data.workers": 1,
     "train.tokenizer.steps": 4,
     "train.dynamics.steps": 4,
     "train.agent.steps": 2,
