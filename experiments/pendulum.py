@@ -1,6 +1,6 @@
 """Continuous actions from pixels: Pendulum-v1, from recorded play alone, through all three phases.
 
-    dreamer4 run pendulum                      # 49 minutes on one core, beside other work
+    dreamer4 run pendulum                      # an hour on one core, beside other work
     dreamer4 run pendulum --smoke              # the same stages at toy size
 
 A frame shows the angle and not the speed; a decision holds a torque for 4 of gymnasium's steps, so an episode has 50.
