@@ -174,12 +174,17 @@ def _cmd_play(args: argparse.Namespace) -> int:
 def _cmd_report(args: argparse.Namespace) -> None:
     """write report.html and results.json of a run, finished or not; of `experiments`: the page of all their results"""
     if args.run == "experiments":
+        if args.keep:
+            raise UserError(f"--keep {args.keep}: is for a run; the results of experiments are kept already")
         from dreamer4_jax.evaluation.study_page import write_page
 
         print(write_page())
         return
     run = _reopen(args.run)
-    run.report()
+    if args.keep:
+        run.keep(Path(args.keep), f"dreamer4 report {args.run} --keep {args.keep}")
+    else:
+        run.report()
     print(run.dir / "report.html")
 
 
@@ -299,6 +304,7 @@ def parser() -> argparse.ArgumentParser:
     add_play_arguments(add("play", _cmd_play))
     sub = add("report", _cmd_report)
     sub.add_argument("run", help="run directory, or `experiments`")
+    sub.add_argument("--keep", metavar="DIR", help="of a finished run: its numbers and imagined clips, as seed<N>.*")
     sub = add("bench", _cmd_bench)
     sub.add_argument(
         "part", nargs="?", choices=["reference", "generate", "data"], default="reference", help="(reference)"

@@ -35,7 +35,7 @@ from dreamer4_jax.evaluation.blind import BlindPolicy, train_blind
 from dreamer4_jax.evaluation.closed_loop import EvalResult, RandomPolicy, evaluate_policy
 from dreamer4_jax.evaluation.minecraft import evaluate_minecraft, recorded_fit, to_text
 from dreamer4_jax.evaluation.rollouts import HeldOut, clip_starts, imagine_clips, reconstruction, step_count, to_uint8
-from dreamer4_jax.evaluation.summary import write_report
+from dreamer4_jax.evaluation.summary import machine, write_report
 from dreamer4_jax.inference import finished_path
 from dreamer4_jax.parallel import processes
 from dreamer4_jax.presets import BASELINES
@@ -267,6 +267,38 @@ class Run(Stages):
             costs=self.costs(),
             notes=self._notes(),
         )
+
+    def keep(self, out: Path, command: str) -> dict[str, Any]:
+        """Writes the report, and what is worth keeping of an evaluated run: seed<N>.json, the numbers, and imagined
+        clips, seed<N>.png and .webp. `command` says how it was made. Returns the numbers."""
+        if not (self.dir / "evaluation" / "world_model.json").exists():
+            raise UserError(f"{self.dir}: its world model has not been evaluated, so there is nothing to keep yet")
+        measured, results = self.evaluate_world_model(), self._played()
+        kept = {
+            "command": command,
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "machine": machine(),
+            "minutes": sum(self.costs().values()) / 60,
+            "seconds": self.costs(),
+            "targets": self.report()["targets"],
+            "reconstruction": measured["reconstruction"],
+            "conditions": measured["conditions"],
+            "steps": measured["steps"],
+            "policies": [r.summary() for r in results],
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"seed{self.config.seed}.json"
+        write_atomic(path, json.dumps(kept, indent=1) + "\n")
+        arrays = measured["arrays"]
+        context = arrays["clip_context"]
+        real, imagined = (np.concatenate([context, arrays[f"clip_{n}"]], axis=1) for n in ("real", "imagined"))
+        strip = media.filmstrip(real[0], imagined[0], context=context.shape[1])
+        path.with_suffix(".png").write_bytes(strip)
+        # Two clips below each other: [n, T, H, W, 3] -> [T, n H, W, 3].
+        panels = {"real": np.concatenate(real[:2], axis=1), "imagined": np.concatenate(imagined[:2], axis=1)}
+        path.with_suffix(".webp").write_bytes(media.video(panels, context=context.shape[1], scale=2))
+        return kept
 
     def _notes(self) -> list[str]:
         """What people must know of a run on data of their own."""

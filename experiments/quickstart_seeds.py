@@ -15,9 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dreamer4_jax.evaluation import media
 from dreamer4_jax.evaluation.rollouts import FINETUNED
 from dreamer4_jax.evaluation.summary import CLONED, IMAGINED
 from dreamer4_jax.parallel import start
@@ -35,30 +32,8 @@ def run_seed(size: str, seed: int, runs: Path, out: Path) -> dict[str, Any]:
         print(f"seed {seed}: taken from {written}; remove that file to run it again")
         return json.loads(written.read_text())
     run = Run(c, runs / f"{c.name}-seed{seed}", resume=True)
-    data = run.all()
-    measured, results = run.evaluate_world_model(), [run.evaluate_policy(name) for name in run.policies()]
-    kept = {
-        "command": f"python -m experiments.quickstart_seeds --size {size} --seeds {seed}",
-        "seed": seed,
-        "machine": data["machine"],
-        "minutes": sum(run.costs().values()) / 60,
-        "seconds": run.costs(),
-        "targets": data["targets"],
-        "reconstruction": measured["reconstruction"],
-        "conditions": measured["conditions"],
-        "steps": measured["steps"],
-        "policies": [r.summary() for r in results],
-    }
-    write_atomic(written, json.dumps(kept, indent=1) + "\n")
-    arrays = measured["arrays"]
-    context = arrays["clip_context"]
-    real, imagined = (np.concatenate([context, arrays[f"clip_{n}"]], axis=1) for n in ("real", "imagined"))
-    strip = media.filmstrip(real[0], imagined[0], context=context.shape[1])
-    (out / f"seed{seed}.png").write_bytes(strip)
-    # Two clips below each other: [n, T, H, W, 3] -> [T, n H, W, 3].
-    panels = {"real": np.concatenate(list(real[:2]), axis=1), "imagined": np.concatenate(list(imagined[:2]), axis=1)}
-    (out / f"seed{seed}.webp").write_bytes(media.video(panels, context=context.shape[1], scale=2))
-    return kept
+    run.all()
+    return run.keep(out, f"python -m experiments.quickstart_seeds --size {size} --seeds {seed}")
 
 
 def summarize(kept: list[dict[str, Any]]) -> dict[str, Any]:

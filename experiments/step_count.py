@@ -246,15 +246,16 @@ def finding(rows: list[dict[str, Any]]) -> str:
         )
 
     told = [compared(name, few) for name in LOOKS if name != ADAPTIVE and of(name)]
-    verdicts = [
-        f"the shortcut model that predicts {what} is {verdict(*pair)}"
-        for what, pair in (("v", (SHORTCUT_V, DIFFUSION_V)), ("x", (SHORTCUT, DIFFUSION)))
-        if of(pair[0])
-    ]
+    verdicts = f"At K = {few} the shortcut model that predicts x is {verdict(SHORTCUT, DIFFUSION)}."
+    if of(SHORTCUT_V):
+        verdicts = (
+            f"At K = {few} the shortcut model that predicts v is {verdict(SHORTCUT_V, DIFFUSION_V)}, the one that "
+            f"predicts x {verdict(SHORTCUT, DIFFUSION)}."
+        )
     parts = [
         f"With {of(SHORTCUT)[0]['clips']} clips: {'; '.join(told)}.",
         f"Two sets of real clips are {text(floor)} apart, reconstructed and real ones {text(rebuilt)}.",
-        f"At K = {few} {', '.join(verdicts)}.",
+        verdicts,
     ]
     if not verdict(SHORTCUT, DIFFUSION).startswith("better"):
         parts.append(

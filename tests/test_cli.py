@@ -262,6 +262,13 @@ def test_bad_arguments_of_evaluate_and_generate(capsys, tmp_path, run):
     refused(capsys, tmp_path, "report", str(run), match=("unknown config field 'colour'",))
 
 
+def test_what_is_not_finished_is_not_kept(capsys, tmp_path, run):
+    out = str(tmp_path / "kept")
+    refused(capsys, tmp_path, "report", str(run), "--keep", out, match=("has not been evaluated",))
+    refused(capsys, tmp_path, "report", "experiments", "--keep", out, match=("is for a run",))
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_report_of_an_unfinished_run(capsys, run):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from dreamer4_jax import runner
+from dreamer4_jax import cli, runner
 from dreamer4_jax.agent import model as agent_model
 from dreamer4_jax.config import Config, UserError, override, preset
 from dreamer4_jax.data.schema import DataError
@@ -162,6 +163,19 @@ def test_a_run_goes_from_recording_to_report(finished):
     page = (directory / "report.html").read_text()
     for text in (*POLICIES[2:4], "shuffled actions", "BabyAI-GoToLocal-v0"):
         assert text in page
+
+
+def test_what_is_kept_of_a_run_is_what_its_report_says(finished, tmp_path):
+    directory, data = finished
+    assert cli.main(["report", str(directory), "--keep", str(tmp_path / "kept")]) == 0
+    kept = json.loads((tmp_path / "kept" / "seed0.json").read_text())
+    assert kept["targets"] == data["targets"] and kept["name"] == "micro"
+    results = data["closed_loop"]["results"]
+    assert [(p["policy"], p["return"]["mean"]) for p in kept["policies"]] == [
+        (r.policy, pytest.approx(r.returns.mean())) for r in results
+    ]
+    with Image.open(tmp_path / "kept" / "seed0.png") as strip, Image.open(tmp_path / "kept" / "seed0.webp") as video:
+        assert strip.width > strip.height and video.n_frames > 1
 
 
 def test_running_again_does_nothing_again(finished):

@@ -29,6 +29,20 @@ def test_committed_results_are_of_a_study_that_asks_the_same(tree):
     assert (tree["directory"] / tree["figure"]).exists()
 
 
+def test_committed_text_and_figures_follow_from_the_committed_rows():
+    """What the laptop size measures, and the smoke size leaves out, is still told and drawn as it is committed."""
+    trees = {tree["name"]: tree for tree in load()}
+    for name in ("cascade", "step_count"):
+        rows = trees[name]["rows"]
+        assert module(name).finding(rows) == trees[name]["finding"], name
+        assert module(name).draw(rows).axes
+    scaling, tree = module("attention_scaling"), trees["attention_scaling"]
+    rows = [r for r in tree["rows"] if "sweep" in r]
+    learned = [r for r in tree["rows"] if "training_gflop" in r]
+    found = scaling.finding(scaling.exponents(rows), scaling.theory(rows), rows, learned)
+    assert found == tree["finding"] and scaling.draw(rows, learned).axes
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What the studies share: the smoke size's tokenizer, dynamics and agent are trained once."""
