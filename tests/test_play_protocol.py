@@ -18,6 +18,7 @@ GOOD = [
     protocol.Reset(),
     protocol.Hold((0, 6)),
     protocol.Hold(()),
+    protocol.Repeat(),
     protocol.Run(True),
     protocol.Step(),
     protocol.Rewind(4),

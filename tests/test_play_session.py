@@ -11,7 +11,7 @@ from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.play import protocol as p
 from dreamer4_jax.play import recording
 from dreamer4_jax.play.engine import GATHER, Engine, Full
-from dreamer4_jax.play.session import IDLE, IN_FLIGHT, REPEAT, STALL, TOLERANCE, Session
+from dreamer4_jax.play.session import IDLE, IN_FLIGHT, STALL, TOLERANCE, Session
 from tests.play_fake import Clock, FakeSink, FakeWorld, make_engine
 from tests.toy_env import frame_action, frame_step, write_toy_dataset
 
@@ -111,16 +111,27 @@ def test_taps_that_come_while_a_frame_is_made_are_not_lost_and_come_in_order(pla
     assert [f["action"] for f in player.sink.frames()[1:]] == ["move 1", "move 3", "move 0"]
 
 
-def test_a_held_key_repeats_after_a_while_and_stops_when_it_is_let_go(player):
+def test_a_held_key_repeats_when_the_page_says_so_and_stops_when_it_is_let_go(player):
     player.send(p.Rate(10.0), p.Hold((key(player, "move 1"),)))
-    player.round(REPEAT - 0.03)
+    player.round(5.0)  # its release may be on its way for long
     assert player.age == 1
+    player.send(p.Repeat())
     player.round(1.0)
-    assert 9 <= player.age <= 12
-    player.send(p.Hold(()))
+    assert 10 <= player.age <= 12
+    player.send(p.Hold((key(player, "move 1"), key(player, "move 2"))))
+    age = player.age
+    player.round(1.0)
+    assert player.age == age + 1  # another press is one frame again, until it is held for long
+    player.send(p.Repeat(), p.Hold((key(player, "move 2"),)))
+    player.round(1.0)
+    assert player.age >= age + 10
+    player.send(p.Hold(()), p.Repeat())
     age = player.age
     player.round(1.0)
     assert player.age == age
+    tap(player, "move 3")
+    player.round(1.0)
+    assert player.age == age + 1
 
 
 def test_running_keeps_the_rate_and_rests_on_the_idle_action(player):

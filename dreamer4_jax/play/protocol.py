@@ -63,6 +63,12 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """The last pressed binding has been down for long enough to go on: frames follow while any is held. The page says
+    so, and not the clock of the server: on a slow line a short press would be taken for a long one."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Frames follow each other at the chosen rate, or only when a key is pressed."""
 
@@ -132,7 +138,21 @@ class Ack:
 
 
 Message = (
-    StartRecorded | StartFresh | Reset | Hold | Run | Step | Rewind | Steps | Rate | Pilot | Doubt | Record | Peek | Ack
+    StartRecorded
+    | StartFresh
+    | Reset
+    | Hold
+    | Repeat
+    | Run
+    | Step
+    | Rewind
+    | Steps
+    | Rate
+    | Pilot
+    | Doubt
+    | Record
+    | Peek
+    | Ack
 )
 
 KINDS: dict[str, type] = {
@@ -140,6 +160,7 @@ KINDS: dict[str, type] = {
     "start_fresh": StartFresh,
     "reset": Reset,
     "hold": Hold,
+    "repeat": Repeat,
     "run": Run,
     "step": Step,
     "rewind": Rewind,

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 IN_FLIGHT = 3  # frames that a page may leave unacknowledged
 STALL = 20.0  # seconds without an acknowledgement after which a client is dropped
 IDLE = 180.0  # seconds without a word of the person after which somebody who waits gets the place
-REPEAT = 0.25  # seconds after which a held key repeats, while not running
 FASTEST = 1 / 60  # seconds between two frames at least
 TAPS = 4  # key presses that are kept while frames are made
 FPS = 8.0
@@ -40,9 +39,10 @@ class Session:
         self.k = min(4, engine.world.k_max)
         self.fps = FPS
         self._held: tuple[int, ...] = ()
+        self._repeats = False  # the keys have been held long enough to go on
         self._taps: deque[tuple[int, ...]] = deque(maxlen=TAPS)
         self._asked = 0  # single steps
-        self._next = self._repeat = 0.0
+        self._next = 0.0
         self._sent = self._acked = 0
         self._heard = self._touched = engine.clock()
         self._start: Start | None = None
@@ -132,8 +132,10 @@ class Session:
                 if new := [k for k in keys if k not in self._held]:
                     self.policy = False  # a hand on the controls takes them back
                     self._taps.append((*(k for k in keys if k not in new), *new))
-                    self._repeat = now + REPEAT
+                    self._repeats = False
                 self._held = keys
+            case p.Repeat():
+                self._repeats = True
             case p.StartFresh() | p.StartRecorded():
                 self._open(message)
             case p.Reset():
@@ -253,8 +255,8 @@ class Session:
             return last + FASTEST
         if self.running:
             return self._next
-        if self._held and not self.policy:
-            return max(self._repeat, last + 1 / self.fps)
+        if self._held and self._repeats and not self.policy:
+            return last + 1 / self.fps
         return None
 
     def move(self) -> Move:

@@ -5,6 +5,7 @@ import * as draw from "/draw.js";
 
 const $ = (id) => document.getElementById(id);
 const KEEP = 256; // frames that the strips remember
+const REPEAT = 250; // milliseconds after which what is held goes on
 const PAGE_KEYS = {
   Space: () => $("run").click(), Period: () => $("step").click(), Backspace: () => $("rewind").click(),
   KeyR: () => $("reset").click(), KeyP: () => $("pilot").click(), KeyM: () => $("record").click(),
@@ -15,6 +16,7 @@ let socket = null;
 let hello = null; // what the server said of the run
 let state = { running: false, policy: false, k: 4, fps: 8, doubt: true, recording: false, rewindable: 0 };
 let held = []; // numbers of the bindings that are down
+let repeatTimer = 0;
 let asked = {}; // slider -> { value, until }: what was set on it and the server has not said back yet
 let pressed = 0; // when a key went down whose frame has not come yet
 let shown = null; // header of the frame on the screen
@@ -38,7 +40,7 @@ function connect() {
   };
   socket.onclose = (event) => {
     status("off", "not connected");
-    held = [];
+    release();
     const why = event.reason || (opened ? "The connection was lost." : "The server refused the connection, or is not there.");
     banner(`${why} `, ["Connect again", connect]);
   };
@@ -305,11 +307,14 @@ function hold(id, down) {
   if (down) pressed = pressed || performance.now();
   pads.forEach((pad, i) => pad.button.classList.toggle("held", held.includes(i)));
   say("hold", { keys: held });
+  if (down || !held.length) clearTimeout(repeatTimer);
+  if (down) repeatTimer = setTimeout(() => say("repeat"), REPEAT);
 }
 
 function release() {
   if (!held.length) return;
   held = [];
+  clearTimeout(repeatTimer);
   pads.forEach((pad) => pad.button.classList.remove("held"));
   say("hold", { keys: [] });
 }
