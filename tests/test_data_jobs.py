@@ -48,7 +48,7 @@ def test_workers_end_where_their_parent_is_killed(tmp_path, how):
         assert all(map(alive, workers))
         parent.send_signal(how)
         parent.wait(30)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 50
         while any(map(alive, workers)) and time.monotonic() < until:
             time.sleep(0.05)
         assert not any(map(alive, workers))

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -265,10 +264,10 @@ def vm(tmp_path):
 def test_vm_runs_and_gives_the_exit_code(vm):
     command = RunSpec("a", overrides=("x=a b\n$(id)'\"",)).command()
     process = vm(remote.run(command), 'printf "%s|" "$@"; exit 3')
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
     assert out == "|".join([*command[1:], ""]) and process.returncode == 3
-    assert "ended with exit code 3" in vm(remote.status()).communicate(timeout=20)[0]
-    assert "no run goes on" in vm(remote.stop()).communicate(timeout=20)[0]
+    assert "ended with exit code 3" in vm(remote.status()).communicate(timeout=120)[0]
+    assert "no run goes on" in vm(remote.stop()).communicate(timeout=120)[0]
 
 
 @needs_linux
@@ -277,12 +276,12 @@ def test_vm_outlives_the_connection_and_is_found_again(vm):
     first = vm(remote.run(["dreamer4"]), slow)
     assert first.stdout.readline() == "begin\n"
     first.send_signal(signal.SIGKILL)  # the connection is cut
-    assert vm(remote.status()).communicate(timeout=20)[0] == "running\nbegin\n"
-    assert vm(remote.setup()).wait(timeout=20) == 0  # leaves a running run's code alone: there is no archive to unpack
+    assert vm(remote.status()).communicate(timeout=120)[0] == "running\nbegin\n"
+    assert vm(remote.setup()).wait(timeout=120) == 0  # leaves a running run's code alone: there is no archive to unpack
     second = vm(remote.run(["dreamer4"]))
     assert second.stdout.readline() == "begin\n"
     (vm.home / "go").touch()
-    assert second.communicate(timeout=20)[0] == "end\n" and second.returncode == 7
+    assert second.communicate(timeout=120)[0] == "end\n" and second.returncode == 7
     assert (vm.home / "starts").read_text() == "x\n"  # it was started once
     first.stdout.close()
 
@@ -292,18 +291,17 @@ def test_vm_stops_with_a_code_of_its_own_and_can_be_resumed(vm):
     saves = "trap 'echo saved; exit 42' TERM; echo begin; while :; do sleep 0.05; done"
     process = vm(remote.run(["dreamer4"]), saves)
     assert process.stdout.readline() == "begin\n"
-    assert vm(remote.stop()).communicate(timeout=20)[0] == "ended with exit code 42\n"
-    assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == remote.STOPPED
-    assert vm(remote.run(["dreamer4"]), "exit 0").wait(timeout=20) == 0
+    assert vm(remote.stop()).communicate(timeout=120)[0] == "ended with exit code 42\n"
+    assert process.communicate(timeout=120)[0] == "saved\n" and process.returncode == remote.STOPPED
+    assert vm(remote.run(["dreamer4"]), "exit 0").wait(timeout=120) == 0
 
 
 @needs_linux
 def test_vm_run_that_is_killed_or_missing(vm):
-    assert vm(remote.run(["dreamer4"]), "kill -9 $$").wait(timeout=20) == 137
+    assert vm(remote.run(["dreamer4"]), "kill -9 $$").wait(timeout=120) == 137
     (vm.home / ".venv" / "bin" / "dreamer4").unlink()
-    assert vm(remote.run(["dreamer4"])).wait(timeout=20) == 127
-    pid, begin = vm.home / "run.pid", time.monotonic()
-    assert pid.exists() and time.monotonic() - begin < 5
+    assert vm(remote.run(["dreamer4"])).wait(timeout=120) == 127
+    assert (vm.home / "run.pid").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def plan(directory: Path, **what) -> None:
     (directory.parent / "plan.json").write_text(json.dumps(what))
 
 
-def until(condition, seconds: float = 20.0) -> None:
+def until(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"
