@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dreamer4_jax.runner import Run
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+BASELINES = ("diffusion", "diffusion_v")  # those of presets, for runs with evaluate.diffusion_baseline
 
 
 def experiments() -> list[str]:
@@ -132,16 +133,22 @@ def _cmd_evaluate(args: argparse.Namespace) -> None:
 
         results = run.evaluate_minecraft(
             args.policy or (),
-            python=args.minerl_python,
-            episodes=args.episodes,
-            streams=args.streams,
-            minutes=args.minutes,
+            python=args.minerl_python or sys.executable,
+            episodes=1000 if args.episodes is None else args.episodes,
+            streams=1 if args.streams is None else args.streams,
+            minutes=60.0 if args.minutes is None else args.minutes,
         )
         console = Console()
         if not console.is_terminal:
             console.width = 200  # a file or a pipe has no edge
         console.print(table(results))
         return
+    for name in ("minerl_python", "episodes", "minutes", "streams"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of --env minerl; how the run's own environment is played is "
+                "evaluate.episodes and evaluate.envs of its config"
+            )
     names = args.policy or list(run.policies())
     unknown = [name for name in names if name not in run.policies()]
     if unknown:
@@ -275,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     for name, function in (("run", _cmd_run), ("train", _cmd_train)):
         sub = add(name, function)
         if name == "train":
-            sub.add_argument("phase", choices=PHASES)
+            sub.add_argument("phase", choices=(*PHASES, *BASELINES))
             sub.add_argument("--experiment", default="quickstart", help="experiment or preset (quickstart)")
         else:
             sub.add_argument("experiment", help="a file of experiments/ or a preset")
@@ -291,10 +298,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", action="append", help="only this policy (may be repeated)")
     sub.add_argument("--levels", help="other levels than the run's, separated by commas; not kept in the report")
     sub.add_argument("--env", choices=["minerl"], help="instead of the run's: Minecraft, for runs on VPT recordings")
-    sub.add_argument("--minerl-python", default=sys.executable, metavar="PATH", help="the Python that has MineRL")
-    sub.add_argument("--episodes", type=int, default=1000, help="of minerl (1000, as the paper)")
-    sub.add_argument("--minutes", type=float, default=60.0, help="of an episode of minerl (60)")
-    sub.add_argument("--streams", type=int, default=1, help="games of minerl side by side (1)")
+    sub.add_argument("--minerl-python", metavar="PATH", help="the Python that has MineRL (this one)")
+    sub.add_argument("--episodes", type=int, help="of minerl (1000, as the paper)")
+    sub.add_argument("--minutes", type=float, help="of an episode of minerl (60)")
+    sub.add_argument("--streams", type=int, help="games of minerl side by side (1)")
     sub = add("generate", _cmd_generate)
     sub.add_argument("run", help="run directory")
     sub.add_argument("--steps", type=int, default=4, help="sampling steps K per frame (4)")

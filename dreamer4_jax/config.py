@@ -199,7 +199,7 @@ class PhaseConfig:
     length: int = 16  # frames of a short batch (T1)
     long_length: int = 0  # frames of a long batch (T2); 0: no long batches
     long_every: int = 4  # every n-th batch is long
-    image_fraction: float = 0.0  # share of rows treated as separate images
+    image_fraction: float = 0.0  # share of rows treated as separate images, in phase 1b alone
     optimizer: Literal["adamw", "laprop", "muon"] = "adamw"
     lr: float = 1e-3
     warmup: int = 50

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="a row's action was taken at its frame, or led to it (the format's usual)")  # fmt: skip
     sub.add_argument("--actions", default="", metavar="SPEC",
                      help="components, as move:categorical:7,keys:binary:4 (inferred from the values)")  # fmt: skip
+    sub.add_argument("--like", metavar="DATASET", help="take components and ranges of a dataset, to mix the two")
     sub.add_argument("--camera", default="", help="which picture, where there are several")
     sub.add_argument("--episodes", type=int, default=100, help="of a live environment (100)")
     sub.add_argument("--steps", type=int, default=1000, help="the most of a live episode (1000)")
@@ -90,6 +91,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.dest,
         format=args.format,
         options=options,
+        like=args.like,
         size=_size(args.size),
         how=args.fit,
         chunk=args.chunk,
@@ -128,6 +130,7 @@ def _inspect(args: argparse.Namespace) -> None:
     found = inspect(args.dataset)
     Console().print(table(found))
     out = Path(args.out or Path(args.dataset) / "inspect.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(picture(found))
     print(out)
 

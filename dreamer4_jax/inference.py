@@ -13,7 +13,7 @@ from jaxtyping import Bool
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
-from dreamer4_jax.config import Config, UserError, from_dict, override
+from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override
 from dreamer4_jax.envs.spaces import to_env
 from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.training.checkpoint import CheckpointError, load_meta, load_model
@@ -80,7 +80,9 @@ def read_config(run_dir: str | Path) -> Config:
         raise UserError(f"{run_dir}: is no run directory (it has no config.json)")
     try:
         return from_dict(Config, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"{path}: damaged ({error})") from error
 
 
@@ -135,6 +137,13 @@ def recording(run_dir: str | Path) -> Path:
     return Path(json.loads(note.read_text())["directory"]) if note.exists() else Path(run_dir) / "data" / "frames"
 
 
+class _Reseeded(WorldModelPolicy):
+    """A policy whose draws can begin anew."""
+
+    def reseed(self, seed: int) -> None:
+        self._key, self._step = jax.random.key(seed), 0
+
+
 class LoadedPolicy:
     """A trained policy for any gymnasium loop. It remembers the episode in caches of fixed size, so that a decision
     costs the same at any age.
@@ -147,14 +156,21 @@ class LoadedPolicy:
     With the same seed it acts exactly as in the closed-loop evaluation.
     """
 
-    def __init__(self, config: Config, policy: WorldModelPolicy):
+    def __init__(self, config: Config, policy: _Reseeded):
         self.config = config
         self._policy = policy
         self._streams: int | None = None
         self._starting: np.ndarray | None = None
 
-    def reset(self, starting: Bool[np.ndarray, " E"] | None = None) -> None:
-        """A new episode begins with the next `act`; of a vector environment those that `starting` marks (all)."""
+    def reset(self, starting: Bool[np.ndarray, " E"] | None = None, *, seed: int | None = None) -> None:
+        """A new episode begins with the next `act`; of a vector environment those that `starting` marks (all).
+
+        Args:
+          seed: of all draws from here on, as `load_policy` takes it, so that an episode does not depend on those before
+            it. By default the draws go on.
+        """
+        if seed is not None:
+            self._policy.reseed(seed)
         if starting is None:
             self._starting = None if self._streams is None else np.ones(self._streams, bool)
         elif self._streams is not None and np.shape(starting) != (self._streams,):
@@ -218,4 +234,4 @@ def load_policy(
     """
     world = load_world(checkpoint, phase=phase)
     models = cast_once(world.tokenizer, dtype), cast_once(world.agent.dynamics, dtype), world.policy
-    return LoadedPolicy(world.config, WorldModelPolicy(*models, seed=seed, greedy=greedy))
+    return LoadedPolicy(world.config, _Reseeded(*models, seed=seed, greedy=greedy))

@@ -108,7 +108,7 @@ def _paper() -> Config:
         train=TrainConfig(
             tokenizer=dataclasses.replace(phase, length=16, long_length=0, image_fraction=0.0),
             dynamics=phase,
-            agent=phase,
+            agent=dataclasses.replace(phase, image_fraction=0.0),
             imagination=dataclasses.replace(phase, length=192, long_length=0, image_fraction=0.0),
         ),
     )

@@ -246,14 +246,20 @@ class Run(Stages):
         return self.report()
 
     def obstacle(self) -> str:
-        """Why phases 2 and 3 cannot be trained on the run's source, and "" where they can."""
-        if self.config.data.labelled == 0:
+        """Why phases 2 and 3 cannot be trained on the run's source, and "" where they can.
+
+        What could not be evaluated, or trained later on, is refused: it is better known before anything is trained.
+        """
+        c, frames = self.config, self.collect()
+        clip_starts(c, frames)
+        if c.data.labelled == 0:
             return "data.labelled = 0: no actions are known"
-        if self.config.env.kind != "none":
-            return ""
-        frames = self.collect()
-        clip_starts(self.config, frames)  # whether it can be evaluated is better known before it is trained
-        return missing_labels(frames)
+        if c.env.kind == "none" and (lack := missing_labels(frames)):
+            return lack
+        for phase in (c.train.agent, c.train.imagination):
+            share = c.agent.relevant_fraction
+            Loader(frames, batch=phase.batch, length=phase.length, relevant_fraction=share, seed=c.seed)
+        return ""
 
     def report(self) -> dict[str, Any]:
         """Writes report.html and results.json from whatever the run has so far."""

@@ -30,10 +30,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must be at least 1",
     ),
     (
-        "seed time_every local_shift registers mtp workers long_length warmup perceptual_frames",
+        "time_every local_shift registers mtp workers long_length warmup perceptual_frames",
         lambda v: v >= 0,
         "must be at least 0",
     ),
+    ("seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32): JAX's keys take no more"),
     (
         "softcap local_space local_time beta dynamics_weight weight_decay",
         lambda v: 0 <= v < math.inf,
@@ -168,6 +169,12 @@ def validate(c: "Config") -> None:
             f"{at}.{'long_' if p.long_length > p.length else ''}length",
             longest,
             f"must not exceed data.chunk = {c.data.chunk} frames",
+        )
+        _require(
+            name == "dynamics" or p.image_fraction == 0,
+            f"{at}.image_fraction",
+            p.image_fraction,
+            "must be 0: only phase 1b treats rows as separate images",
         )
     _require(
         a.context + 1 <= c.data.chunk,

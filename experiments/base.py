@@ -22,6 +22,7 @@ from dreamer4_jax.evaluation.study import Call
 from dreamer4_jax.parallel import processes
 from dreamer4_jax.parallel.programs import programs
 from dreamer4_jax.runner import Run
+from dreamer4_jax.training.checkpoint import checksum
 from dreamer4_jax.training.loop import open_run, run_phase
 from dreamer4_jax.training.phases import ImaginationPhase
 from dreamer4_jax.world import Actions
@@ -108,6 +109,7 @@ def part(held: HeldOut, rows: slice) -> HeldOut:
         latents=held.latents[rows],
         actions=cut(held.actions),
         present=cut(held.present),
+        episodes=None if held.episodes is None else held.episodes[rows],
     )
 
 
@@ -122,10 +124,13 @@ def finished(call: Call, seed: int) -> Run:
 
 
 def train_imagination(call: Call, base: Run, variant: Config) -> tuple[ActorCritic, Path]:
-    """Phase 3 of a variant from phase 2 of `base`, kept under --runs by its name. Its EMA weights and run directory."""
-    where = open_run(call.args.runs / f"{variant.name}-seed{variant.seed}", variant, resume=True)
+    """Phase 3 of a variant from phase 2 of `base`, kept under --runs by the variant's name and the weights that it
+    begins with. Its EMA weights and run directory."""
+    agent = base.model("agent")
+    where = call.args.runs / f"{variant.name}-from-{checksum(agent)[:8]}-seed{variant.seed}"
+    where = open_run(where, variant, resume=True)
     found = run_phase(
-        ImaginationPhase(variant, base.tokens(), base.model("agent")),
+        ImaginationPhase(variant, base.tokens(), agent),
         config=variant,
         run_dir=where,
         seed=variant.seed,

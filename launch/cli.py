@@ -1,9 +1,11 @@
 """`dreamer4 launch`: arguments to a RunSpec, checked before anything is started or paid for, then a backend."""
 
 import argparse
+import math
+from pathlib import Path
 from typing import Any
 
-from dreamer4_jax.config import Config, ConfigError
+from dreamer4_jax.config import Config, ConfigError, parse_overrides
 from launch.spec import RunSpec
 
 BACKENDS = {
@@ -27,7 +29,7 @@ To look after a run, repeat its command line and add --action:
 examples:
   dreamer4 launch quickstart --smoke --processes 2 --devices-per-process 4
   dreamer4 launch quickstart --backend tpu --accelerator v5litepod-16 --spot --zone us-central1-a \\
-      --archive . --output gs://my-bucket/runs --mesh data=16 --dry-run
+      --archive . --output gs://my-bucket/runs --mesh data=4,ctx=4 --dry-run
 """
 
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `RunSpec` needs beside experiment, size, seed and overrides."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG.format(backends="\n".join(f"  {name:9s} {text}" for name, text in BACKENDS.items()))
+    parser.set_defaults(seed=None)  # to know whether it was given
     parser.add_argument("--backend", choices=BACKENDS, default="local", help="where to run (local)")
     parser.add_argument("--action", choices=ACTIONS, default="run", help="what to do (run)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
@@ -88,12 +91,13 @@ def cloud_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    spec = make_spec(args)
+    config = _config(args)
+    spec = make_spec(args, config)
     check(spec, args.backend, args.action)
+    if args.action == "run":
+        check_config(spec, args.backend, config)
     if args.check:
-        from dreamer4_jax.cli import resolve
-
-        check_fits(spec, resolve(args.experiment, args.size, args.seed, args.overrides))
+        check_fits(spec, config)
     if args.backend == "local":
         return _local(spec, args)
     from launch import backends, queued, render
@@ -137,20 +141,35 @@ def check_fits(spec: RunSpec, config: Config) -> None:
         print(f"# {report.program}: {report.peak / 2**30:.2f} of {report.limit / 2**30:.2f} GiB on each device")
 
 
-def make_spec(args: argparse.Namespace) -> RunSpec:
-    """The RunSpec of the command line.
+def _config(args: argparse.Namespace) -> Config:
+    """The config of the command line.
 
     Raises:
-        ConfigError: unknown experiment or field, or a value that the config refuses.
+        ConfigError: unknown experiment or field, a value that the config refuses, or two seeds.
     """
     from dreamer4_jax.cli import resolve
+    from dreamer4_jax.parallel.bucket import MOUNTS
 
-    config = resolve(args.experiment, args.size, args.seed, args.overrides)
+    overrides = parse_overrides(args.overrides)
+    for name in ("data.source", "data.also"):  # before `resolve`, which looks for them among the files of this machine
+        if "gs://" in overrides.get(name, ""):
+            raise ConfigError(
+                f"{name} = {overrides[name]}: data are read where the bucket is mounted, here as on the machines; write"
+                f" {MOUNTS}/ for gs://"
+            )
+    config = resolve(args.experiment, args.size, args.seed or 0, args.overrides)
+    if args.seed not in (None, config.seed):
+        raise ConfigError(f"--seed {args.seed} and seed={config.seed}: give one of them")
+    return config
+
+
+def make_spec(args: argparse.Namespace, config: Config) -> RunSpec:
+    """The RunSpec of the command line and its config."""
     return RunSpec(
-        name=args.name or f"{config.name}-seed{args.seed}".lower().replace("_", "-"),
+        name=args.name or f"{config.name}-seed{config.seed}".lower().replace("_", "-"),
         experiment=args.experiment,
         size=args.size,
-        seed=args.seed,
+        seed=config.seed,
         overrides=tuple(args.overrides),
         output=args.output,
         processes=args.processes,
@@ -194,8 +213,6 @@ def check(spec: RunSpec, backend: str, action: str = "run") -> None:
 
 
 def _check_archive(archive: str) -> None:
-    from pathlib import Path
-
     path = Path(archive)
     if not archive or archive.startswith("gs://"):
         return
@@ -209,11 +226,82 @@ def _check_archive(archive: str) -> None:
 def _check_mesh(spec: RunSpec, devices: int) -> None:
     if not spec.mesh:
         return
-    import math
-
     from dreamer4_jax.parallel import MeshSpec
 
     sizes = MeshSpec.parse(spec.mesh).sizes
     fixed = math.prod(size for size in sizes if size != -1)
     if devices % fixed or (-1 not in sizes and fixed != devices):
         raise ConfigError(f"--mesh {spec.mesh}: its sizes multiply to {fixed}, but there are {devices} devices")
+
+
+def check_config(spec: RunSpec, backend: str, config: Config) -> None:
+    """Refuses a config that the machines of a spec could not train.
+
+    Raises:
+        ConfigError: a batch that cannot be divided among the devices, or a file that is on this machine alone.
+    """
+    from dreamer4_jax.parallel.accelerators import accelerator
+
+    if backend == "local":
+        devices, hosts, slices = spec.processes * spec.devices_per_process, spec.processes, 1
+    else:
+        tpu = accelerator(spec.accelerator)
+        devices, hosts, slices = (spec.slices * n for n in (tpu.devices, tpu.hosts, 1))
+        _check_files(spec, backend, config)
+    if spec.mesh or hosts > 1:  # a host that is alone takes as many of its devices as every batch can be divided among
+        _check_rows(spec, config, devices, slices)
+
+
+def _check_rows(spec: RunSpec, config: Config, devices: int, slices: int) -> None:
+    """Batches are divided over replica and data; without --mesh several hosts have all their devices in data."""
+    from dreamer4_jax.cli import PHASES
+    from dreamer4_jax.parallel import MeshSpec
+
+    mesh = MeshSpec.parse(spec.mesh)
+    rest = devices // math.prod(size for size in mesh.sizes if size != -1)
+    replica, data = (rest if size == -1 else size for size in (mesh.replica, mesh.data))
+    batches = [(name, rows) for name in PHASES for rows in getattr(config.train, name).rows]
+    common = math.gcd(*(rows for _, rows in batches))
+    most = max((n for n in range(slices, common + 1, slices) if common % n == devices % n == 0), default=0)
+    sizes = {"replica": slices, "data": most // slices, "ctx": devices // most} if most else {}
+    works = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data")
+    given = f"--mesh {spec.mesh}" if spec.mesh else f"without --mesh, data={data}"
+    if replica % slices:
+        raise ConfigError(
+            f"{given}: replica={replica}, but it alone crosses the {slices} slices: make it a multiple of {slices}"
+            + (f", e.g. --mesh {works}" if works else "")
+        )
+    for name, rows in batches:
+        if rows % (replica * data):
+            raise ConfigError(
+                f"train.{name}: a batch of {rows} rows cannot be divided among {replica * data} devices ({given}); "
+                + (f"use --mesh {works}, or " if works else "use ")
+                + f"batches of a multiple of {replica * data} rows in every phase"
+            )
+
+
+def _check_files(spec: RunSpec, backend: str, config: Config) -> None:
+    """Machines in the cloud have no file of this one, but the bucket of --output is mounted there."""
+    from dreamer4_jax.parallel.bucket import MOUNTS
+    from dreamer4_jax.validation import PERCEPTUAL_FILES
+
+    bucket = spec.output.removeprefix("gs://").partition("/")[0]
+    mount = MOUNTS / bucket
+    source, network = config.data.source, config.tokenizer.perceptual
+    data = [("data.source", source)] if source and not source.startswith("gym:") else []
+    data += [("data.also", also) for also in config.data.also]
+    # There the run mounts the bucket itself, but only after it has looked at the data.
+    if data and backend in ("tpu", "skypilot"):
+        name, file = data[0]
+        raise ConfigError(
+            f"{name} = {file}: the machines of --backend {backend} come without data; leave it out, which records"
+            " episodes, name an environment as data.source=gym:ID, or use --backend jobset with data in the bucket"
+        )
+    weights = [("tokenizer.perceptual", network)] if network.endswith(PERCEPTUAL_FILES) else []
+    for name, file in data + weights:
+        if not Path(file).is_relative_to(mount):
+            here = " (and mount it here too, since data are looked at first)" if (name, file) in data else ""
+            raise ConfigError(
+                f"{name} = {file}: lies on this machine alone; copy it into gs://{bucket}, which is mounted there at"
+                f" {mount}{here}, and write {mount}/..."
+            )

@@ -168,7 +168,11 @@ def jobset(spec: RunSpec) -> dict[str, Any]:
                 "name": "bucket",
                 "csi": {
                     "driver": "gcsfuse.csi.storage.gke.io",
-                    "volumeAttributes": {"bucketName": bucket, "mountOptions": FUSE},
+                    "volumeAttributes": {
+                        "bucketName": bucket,
+                        "mountOptions": FUSE,
+                        "hostNetworkPodKSA": "true",  # on the host's network it is not told the pod's service account
+                    },
                 },
             },
         ],

@@ -34,7 +34,7 @@ class SweepFailed(Exception):
 
 
 class SweepInterrupted(Exception):
-    """SIGTERM or Ctrl-C arrived, and every trial that was under way has saved and ended."""
+    """Trials saved and ended before they were done: those under way at a SIGTERM or Ctrl-C, or some by themselves."""
 
     exit_code = INTERRUPTED
 
@@ -224,7 +224,7 @@ def run(
       poll: seconds between two looks at the metrics of running trials.
 
     Raises:
-      SweepInterrupted: after SIGTERM or Ctrl-C, every running trial saved.
+      SweepInterrupted: after SIGTERM or Ctrl-C, every running trial saved; or trials were interrupted by themselves.
       UserError: before anything is started or written, if a trial's config cannot work.
     """
     trials = expand(sweep, directory)[:limit]
@@ -251,6 +251,9 @@ def run(
                 f"interrupted with {records.count('finished')} of {source.total} trials finished; the same command "
                 f"goes on with {directory}"
             )
+        mine = list(records.latest) if sweep.space else [trial.name for trial in trials]
+        if left := sum(records.state(name) == "interrupted" for name in mine):
+            raise SweepInterrupted(f"{left} trials were interrupted; the same command goes on with {directory}")
     return records
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamer4_jax.config import ConfigError
-from launch.cli import BACKENDS, add_cloud_arguments, check, check_fits, cloud_fields
+from launch.cli import BACKENDS, add_cloud_arguments, check, check_config, check_fits, cloud_fields
 from launch.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ EPILOG = """\
 Here, trials are processes, as many at once as the cores allow. In the cloud each gets machines of its own, and what the
 report needs is copied from the bucket into the sweep directory. Ctrl-C lets the trials that are under way save (with
 skypilot they end at their last checkpoint), and nothing goes on that costs money; the same command line resumes them.
-Failed and pruned trials give their machines back too.
+Failed and pruned trials give their machines back too. Exit code 42: trials were interrupted, and the same line goes on.
 
 example:
   dreamer4 sweep shortcut_steps --backend tpu --accelerator v5litepod-4 --spot --zone us-central1-a --archive . \\
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
 def _remote(args: argparse.Namespace, sweep: "Sweep", directory: Path) -> "Remote | None":
     """The backend of the command line, able to run every trial; None for this machine."""
     from launch.backends import Remote
-    from launch.sweep_file import expand
+    from launch.sweep_file import expand, make_trial
 
     where = RunSpec("sweep", **cloud_fields(args))
     if args.backend == "local":
@@ -104,8 +104,12 @@ def _remote(args: argparse.Namespace, sweep: "Sweep", directory: Path) -> "Remot
     where = replace(where, output=f"{args.bucket.rstrip('/')}/{directory.resolve().name}")
     check(where, args.backend)
     remote = Remote(args.backend, where, follow=sweep.prune is not None)
-    for trial in expand(sweep, directory)[: args.limit]:
+    trials = expand(sweep, directory)[: args.limit]
+    for name, distribution in sweep.space.items():
+        trials += [make_trial(sweep, {name: end}, directory) for end in distribution.corners]
+    for trial in trials:
         remote.refuse(trial.spec)
+        check_config(where, args.backend, trial.config)
     return remote
 
 

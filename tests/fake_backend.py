@@ -1,7 +1,8 @@
 """A backend that trains nothing: it writes what a run would, resumes as a run would, and fails or waits on demand.
 
 The learning rate stands for how good a trial is. What is to go wrong stands in ``plan.json`` beside the sweep
-directory: {"fail": [lr, ...], "wait": {lr: step}}; a trial that waits goes on once there is a file ``go`` beside it.
+directory: {"fail": [lr, ...], "wait": {lr: step}, "interrupt": [lr, ...]}; a trial that waits goes on once there is a
+file ``go`` beside it; one that is interrupted has saved and ends with 42, though nobody asked it to.
 """
 
 import json
@@ -24,7 +25,7 @@ def run(spec: RunSpec) -> int:
     with (directory / "starts").open("a") as file:
         file.write("x")
     lr = float(dict(item.split("=") for item in spec.overrides)["train.dynamics.lr"])
-    plan = {"fail": [], "wait": {}, "refuse": []}
+    plan = {"fail": [], "wait": {}, "refuse": [], "interrupt": []}
     if (beside / "plan.json").exists():
         plan |= json.loads((beside / "plan.json").read_text())
     metrics = directory / "metrics.jsonl"
@@ -37,6 +38,8 @@ def run(spec: RunSpec) -> int:
         if lr in plan["fail"] and step == 5:
             print(f"starting\nloss is not finite at {lr}")
             return 3
+        if lr in plan["interrupt"] and step == 5:
+            return 42
         while plan["wait"].get(str(lr)) == step and not (beside / "go").exists():
             time.sleep(0.01)
     interval = {"mean": 1 - lr, "low": 0.9 - lr, "high": 1.1 - lr}

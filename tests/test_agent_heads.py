@@ -230,7 +230,8 @@ def test_losses_are_the_means_of_all_counted_targets(seed):
 
 
 def test_event_weight_counts_rewards_and_ends_several_times():
-    """The weighted mean over slots: rewards that are not 0 and terminal frames count 5, all others 1; cloning stays.
+    """The weighted mean over slots: terminal frames and the part of a reward in other bins than 0 count 5, the rest 1;
+    cloning stays.
 
     The odds of "no reward" and "goes on" are 5 times those in the loss (logit adjustment)."""
     heads, h, batch = make_heads(random=True), make_h(), make_batch()
@@ -241,20 +242,27 @@ def test_event_weight_counts_rewards_and_ends_several_times():
     reward.mlp.bias[...] = reward.mlp.bias[...].at[:, CFG.bins // 2].add(-np.log(5.0))
     cont.mlp.bias[...] = cont.mlp.bias[...] - np.log(5.0)
     slots = slot_nll((policy, reward, cont), h, batch)
-    for name, event in (("reward", batch["reward"] != 0), ("continue", batch["is_terminal"])):
-        weights = {(b, t, n): 5.0 if event[b, t + n] else 1.0 for b, t, n in slots[name]}
-        expected = sum(weights[at] * nll for at, nll in slots[name].items()) / sum(weights.values())
-        np.testing.assert_allclose(weighted[name], expected, rtol=1e-4, err_msg=name)
+    weights = {(b, t, n): 5.0 if batch["is_terminal"][b, t + n] else 1.0 for b, t, n in slots["continue"]}
+    expected = sum(weights[at] * nll for at, nll in slots["continue"].items()) / sum(weights.values())
+    np.testing.assert_allclose(weighted["continue"], expected, rtol=1e-4)
+    logits, bins = np.asarray(reward.logits(h), np.float64), reference.symexp_bins(CFG.bins)
+    total = count = 0.0
+    for b, t, n in slots["reward"]:
+        logp = logits[b, t, n] - np.log(np.exp(logits[b, t, n]).sum())
+        mass = reference.twohot(float(batch["reward"][b, t + n]), bins) * np.where(bins == 0, 1.0, 5.0)
+        total, count = total - (mass * logp).sum(), count + mass.sum()
+    np.testing.assert_allclose(weighted["reward"], total / count, rtol=1e-4)
     assert float(weighted["policy"]) == float(losses(heads, h, batch)[0]["policy"])
 
 
-def test_event_weight_leaves_the_learned_probabilities_alone():
-    """Heads that see nothing learn the frequencies, whatever the weight: here 1 reward of 0.5 and 1 end in 8 frames."""
+@pytest.mark.parametrize("size", [0.5, -0.05])  # beyond the first bin, and between it and zero
+def test_event_weight_leaves_the_learned_probabilities_alone(size):
+    """Heads that see nothing learn the frequencies, whatever the weight: here 1 reward and 1 end in 8 frames."""
     cfg = AgentConfig(mtp=0, hidden=4, head_layers=0, bins=255)
     batch = {
         "actions": {"move": np.zeros((1, 8), np.int32)},
         "present": {"move": np.ones((1, 8), bool)},
-        "reward": np.where(np.arange(8) == 3, 0.5, 0.0)[None].astype(np.float32),
+        "reward": np.where(np.arange(8) == 3, size, 0.0)[None].astype(np.float32),
         "is_first": np.zeros((1, 8), bool),
         "is_terminal": (np.arange(8) == 3)[None],
         "relevant": np.ones(1, bool),
@@ -275,7 +283,7 @@ def test_event_weight_leaves_the_learned_probabilities_alone():
         state = tx.init(heads)
         for _ in range(1500):
             heads, state = step(heads, state)
-        np.testing.assert_allclose(heads[1].mean(h), 0.5 / 8, atol=2e-3)
+        np.testing.assert_allclose(heads[1].mean(h), size / 8, atol=4e-3 * abs(size))
         np.testing.assert_allclose(heads[2].prob(h), 7 / 8, atol=2e-3)
 
 

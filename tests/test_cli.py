@@ -252,6 +252,7 @@ def test_a_damaged_checkpoint_is_named(capsys, tmp_path, run):
 def test_bad_arguments_of_evaluate_and_generate(capsys, tmp_path, run):
     name = ("unknown policy 'god'", "'random'", "'blind'", "'phase 3, greedy'")
     refused(capsys, tmp_path, "evaluate", str(run), "--policy", "god", match=name)
+    refused(capsys, tmp_path, "evaluate", str(run), "--episodes", "5", match=("--episodes is of --env minerl",))
     for steps in ("3", "0", "-4", "32"):
         refused(capsys, tmp_path, "generate", str(run), "--steps", steps,
                 match=(f"--steps {steps}: must be a power of two up to dynamics.k_max = 16",))  # fmt: skip

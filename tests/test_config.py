@@ -307,3 +307,16 @@ def test_a_config_of_an_earlier_version_gets_the_new_fields_at_their_defaults():
     del recorded["agent"]["objective"], recorded["evaluate"]
     assert from_dict(Config, complete(recorded)) == preset("tiny", **{"agent.alpha": 0.25})
     assert complete({"agent": {"gone": 1}})["agent"]["gone"] == 1  # what is no longer known stays, and is refused later
+
+
+def test_only_phase_1b_treats_rows_as_images():
+    assert override(preset("tiny"), {"train.dynamics.image_fraction": 0.5}).train.dynamics.image_fraction == 0.5
+    for phase in ("tokenizer", "agent", "imagination"):
+        with pytest.raises(ConfigError, match=rf"train.{phase}.image_fraction = 0.5: must be 0: only phase 1b"):
+            override(preset("tiny"), {f"train.{phase}.image_fraction": 0.5})
+
+
+def test_seeds_are_what_keys_take():
+    assert override(preset("tiny"), {"seed": 2**32 - 1}).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match=r"seed = 4294967296: must be in \[0, 2\^32\)"):
+        override(preset("tiny"), {"seed": 2**32})

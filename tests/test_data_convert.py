@@ -10,7 +10,7 @@ from dreamer4_jax.data import convert as module
 from dreamer4_jax.data.convert import convert
 from dreamer4_jax.data.pipeline import Loader
 from dreamer4_jax.data.readers.base import Options
-from dreamer4_jax.data.schema import DataError
+from dreamer4_jax.data.schema import DataError, Episode
 from dreamer4_jax.data.store import open_dataset
 from tests.sources import (
     play,
@@ -158,10 +158,11 @@ def test_one_long_video_is_cut_in_time(tmp_path):
     manifest = convert(tmp_path / "source", tmp_path / "data", **QUICK, holdout=0.2, shard_frames=64)
     data = open_dataset(tmp_path / "data")
     assert [e["chunks"] for e in manifest["splits"]["train"]] == [8, 8, 4] and data.frames("holdout") == 40
-    # No actions: missing everywhere, and every frame is there once.
+    # No actions: missing everywhere. A shard begins with the last frame of the one before.
     assert data.spec.actions[0].name == "none"
     values = [data.chunk(s, i)["frames"][:, 8, 8, 0] for s in ("train", "holdout") for i in range(data.chunks(s))]
-    np.testing.assert_allclose(np.concatenate(values), np.arange(200), atol=3)
+    there = [*range(64), *range(63, 127), *range(126, 158), *range(160, 200)]
+    np.testing.assert_allclose(np.concatenate(values), there, atol=3)
     assert not any(data.chunk("train", i)["present/none"].any() for i in range(20))
 
 
@@ -180,6 +181,98 @@ def test_every_nth_frame(tmp_path):
     np.testing.assert_array_equal(chunk["actions/keys"][1:4], keys[1:13].reshape(3, 4, 3).max(1))
     np.testing.assert_allclose(chunk["actions/arm"][1:4], arm[[4, 8, 12]], atol=1e-6)
     np.testing.assert_array_equal(chunk["actions/pick"][1:4], pick[[4, 8, 12]])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_nothing_that_was_earned_is_lost(tmp_path, every):
+    """Success comes with the last frame alone, and in one long episode with frames at which shards are cut."""
+    (tmp_path / "source").mkdir()
+    for i in range(24):
+        reward = np.zeros(20, np.float32)
+        reward[-1] = 1
+        np.savez(tmp_path / f"source/{i}.npz", frames=np.full((20, 16, 16, 3), i, np.uint8), reward=reward,
+                 is_terminal=np.bool_(True), action=np.arange(20) % 4)  # fmt: skip
+    manifest = convert(tmp_path / "source", tmp_path / "data", **QUICK | {"chunk": 4}, every=every, shard_frames=10_000)
+    # What is left over behind the last chunk of a split is the end of one episode at most.
+    assert manifest["statistics"]["terminal"] == manifest["statistics"]["rewarded"] >= 24 - 2
+
+    (tmp_path / "long").mkdir()
+    t = np.arange(400)
+    frames = np.zeros((400, 16, 16, 3), np.uint8)
+    frames[..., 0], frames[..., 1] = (t % 256)[:, None, None], (t // 256)[:, None, None]
+    for i in range(2):
+        np.savez(tmp_path / f"long/{i}.npz", frames=frames, reward=t.astype(np.float32), action=t % 4)
+    convert(tmp_path / "long", tmp_path / "cut", **QUICK | {"chunk": 4}, every=every, shard_frames=32)
+    data = open_dataset(tmp_path / "cut")
+    assert len(data.streams("train")) > 2
+    for split in data.splits:
+        chunks = [data.chunk(split, i) for i in range(data.chunks(split))]
+        join = lambda name, chunks=chunks: np.concatenate([c[name] for c in chunks])
+        shown, there = join("frames")[:, 0, 0, :2].astype(int) @ [1, 256], join("present/action")
+        np.testing.assert_array_equal(there, ~join("is_first"))
+        np.testing.assert_array_equal(join("actions/action")[there], (shown % 4)[there])
+        assert join("reward").sum() == t[: shown[-1] + 1].sum()
+
+
+def test_the_task_of_a_frame_is_the_one_that_was_rewarded():
+    task = np.asarray([1, 1, 1, 2, 2, 2, 2], np.int32)[:, None]
+    reward = np.asarray([0, 0, 1, 0, 0, 0, 1], np.float32)
+    none = {"action": np.zeros(7, np.int32)}
+    episode = Episode(np.zeros((7, 4, 4, 3), np.uint8), none, {"action": np.arange(7) > 0}, reward, False, task)
+    every = episode.every(3, (ActionComponent("action", "categorical", 4),))
+    np.testing.assert_array_equal(every.reward, [0, 1, 1])
+    np.testing.assert_array_equal(every.task[:, 0], [1, 1, 2])
+
+
+def test_a_source_that_has_changed_is_not_taken_for_the_same(tmp_path):
+    write_labelled_videos(tmp_path / "source", play(EPISODES), "jsonl")
+    convert(tmp_path / "source", tmp_path / "data", **QUICK)
+    label = tmp_path / "source/clip0.jsonl"
+    label.write_text(label.read_text().replace("0", "1"))
+    with pytest.raises(DataError, match="another config .*source.files is"):
+        convert(tmp_path / "source", tmp_path / "data", **QUICK)
+    few = {**QUICK, "options": Options(episodes=4, steps=30)}  # two environments with the same spaces
+    convert("gym:Acrobot-v1", tmp_path / "gym", **few)
+    with pytest.raises(DataError, match="source.files is 'gym:Acrobot-v1' there, 'gym:MountainCar-v0' here"):
+        convert("gym:MountainCar-v0", tmp_path / "gym", **few)
+
+
+def test_one_long_episode_is_not_most_of_what_is_held_out(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i, length in enumerate((600, 20, 30)):
+        frames = np.zeros((length, 16, 16, 3), np.uint8)
+        np.savez(tmp_path / f"source/{i}.npz", frames=frames, action=np.arange(length) % 4)
+    for seed in range(3):
+        manifest = convert(tmp_path / "source", tmp_path / f"data{seed}", **QUICK, seed=seed)
+        assert 16 <= sum(8 * e["chunks"] for e in manifest["splits"]["holdout"]) <= 48
+
+
+def test_short_episodes_of_unknown_length_fill_their_shards(tmp_path):
+    """RLDS does not say how long episodes are; shards of a few chunks must not be planned for longer ones."""
+    write_rlds(tmp_path / "source", play(24), "tfrecord")
+    manifest = convert(tmp_path / "source", tmp_path / "data", **QUICK, shard_frames=16)
+    assert manifest["dropped_frames"] < 0.4 * sum(len(p.frames) for p in play(24))
+
+
+def test_a_conversion_that_fails_leaves_its_place_free(tmp_path):
+    """All that can be read is held out, which is known only when the rest has been tried."""
+    (tmp_path / "source").mkdir()
+    good = np.random.default_rng(0).permutation(4)[0]
+    for i in range(4):
+        reward = np.full(9, 0.0 if i == good else np.nan, np.float32)
+        np.savez(tmp_path / f"source/{i}.npz", frames=np.zeros((9, 16, 16, 3), np.uint8), reward=reward)
+    with pytest.raises(DataError, match="the train part has no 8 consecutive frames; 3 could not be read"):
+        convert(tmp_path / "source", tmp_path / "data", **QUICK)
+    assert not list((tmp_path / "data").iterdir())
+    write_npz(tmp_path / "other", play(4))
+    convert(tmp_path / "other", tmp_path / "data", **QUICK)
+
+
+def test_the_destination_is_a_directory(tmp_path):
+    write_npz(tmp_path / "source", play(4))
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(DataError, match="data is a file: choose a directory"):
+        convert(tmp_path / "source", tmp_path / "data", **QUICK)
 
 
 def test_given_components_hold_unlabelled_video(tmp_path):

@@ -112,3 +112,19 @@ def test_mixed_shapes_are_found(tmp_path):
         "frames came in 2 sizes, height x width: 16x16 (6), 16x32 (1)" in wrong
         and "2 shapes and were stretched" in wrong
     )
+
+
+def test_names_are_text_and_no_markup(tmp_path):
+    """Files, tasks and reasons may hold what a terminal's markup or a formula is written with."""
+    write_npz(tmp_path / "source", play(4))
+    for i, file in enumerate(sorted((tmp_path / "source").glob("*.npz"))):
+        held = dict(np.load(file)) | {"task": np.asarray("[/INST] $x$")}
+        np.savez(file.with_name(f"a$\\x{i}$.npz"), **held)
+        file.unlink()
+    (tmp_path / "source/[bold]$\\y$.npz").write_bytes(b"damaged")
+    convert(tmp_path / "source", tmp_path / "da$\\z$ta", size=(16, 16), chunk=8, workers=1, progress=False)
+    found = inspect(tmp_path / "da$\\z$ta")
+    console = Console(file=io.StringIO(), width=300)
+    console.print(table(found))
+    assert "[/INST] $x$" in console.file.getvalue() and "[bold]" in console.file.getvalue()
+    assert picture(found)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dreamer4_jax.config import ConfigError, override
+from dreamer4_jax.data.convert import convert
 from dreamer4_jax.data.mixture import mix
 from dreamer4_jax.data.pipeline import Blend, Loader
 from dreamer4_jax.data.schema import DataError
@@ -168,3 +169,25 @@ def test_a_run_mixes_frames_and_their_tokens(pair, tmp_path):
         fields = {"data.labelled": share, "evaluate.clips": 1, "evaluate.context": 1, "evaluate.frames": 1}
         other = override(config, fields)
         assert Run(other, tmp_path / f"run-{share}", progress=False).obstacle() == reason
+
+
+def arm_dataset(tmp_path, name, top, like=None):
+    """Four episodes whose continuous action goes to `top`, and holds 1.5 at every second step."""
+    (tmp_path / name).mkdir()
+    arm = np.where(np.arange(20) % 2, 1.5, top).astype(np.float32)
+    arm[3] = -top
+    for i in range(4):
+        np.savez(tmp_path / name / f"{i}.npz", frames=np.zeros((20, 16, 16, 3), np.uint8), **{"actions/arm": arm})
+    quick = {"size": (16, 16), "chunk": 8, "workers": 1, "progress": False}
+    convert(tmp_path / name, tmp_path / f"{name}-data", like=like, **quick)
+    return open_dataset(tmp_path / f"{name}-data")
+
+
+def test_the_same_action_has_the_same_code_in_all_of_a_mixture(tmp_path):
+    near, far = arm_dataset(tmp_path, "near", 2.0), arm_dataset(tmp_path, "far", 8.0)
+    with pytest.raises(DataError, match="-1 .. 1 of action 'arm' is .-2.0. .. .2.0. in one and .-8.0. .. .8.0."):
+        mix([near, far])
+    alike = arm_dataset(tmp_path, "alike", 8.0, like=near.directory)
+    mix([near, alike])
+    code = lambda data: data.chunk("train", 0)["actions/arm"][:, 0]
+    assert code(near)[1] == code(alike)[1] == 0.75 and code(alike)[2] == 1.0  # 8 is beyond, and clipped

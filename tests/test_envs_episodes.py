@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dreamer4_jax.config import UserError, override
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.store import open_dataset
 from dreamer4_jax.envs import babyai
-from dreamer4_jax.envs.episodes import collect_episodes, recording_config
+from dreamer4_jax.envs.episodes import check_policy, collect_episodes, recording_config
 from dreamer4_jax.envs.kinds import ExpertFailure
 
 LEVELS = "BabyAI-GoToLocal-v0,BabyAI-PickupLoc-v0"
@@ -168,6 +169,166 @@ def test_a_trained_policy_plays(tmp_path):
         collect_episodes(recording_config("frozenlake", ("FrozenLake-v1",)), tmp_path / "c", **kwargs)
     with pytest.raises(UserError, match="--size 64x64: .* was trained at 16x16"):
         recording_config("frozenlake", ("FrozenLake-v1",), policy=run, size=(64, 64))
+
+
+def lake_run(directory, **options):
+    """A run that plays FrozenLake, (its directory, the config to record it with, what `collect_episodes` takes)."""
+    from tests.saved_run import small_run_config, write_run
+
+    move = [{"name": "move", "kind": "categorical", "size": 4}]
+    trained = small_run_config(**{"env.kind": "frozenlake", "env.levels": ["FrozenLake-v1"], "actions": move})
+    write_run(directory, trained, data=False, **options)
+    return recording_config("frozenlake", ("FrozenLake-v1",), policy=str(directory))
+
+
+def segments_of(data):
+    return [s for split in data.splits for i in range(data.chunks(split)) for s in data.segments(split, i)]
+
+
+def episodes_of(directory):
+    """Index -> (split, actions) of every episode, fillers too."""
+    data = open_dataset(directory)
+    found: dict[int, tuple[str, list[int]]] = {}
+    for split in data.splits:
+        for i in range(data.chunks(split)):
+            chunk, segments = data.chunk(split, i), data.segments(split, i)
+            stops = [*(s["start"] for s in segments[1:]), len(chunk["frames"])]
+            for s, stop in zip(segments, stops, strict=True):
+                assert (s["offset"] == 0) == (s["index"] not in found)  # an index is one episode's
+                where, actions = found.setdefault(s["index"], (split, []))
+                assert where == split and s.get("filler", False) == (s["index"] >= 2**32)
+                actions += chunk["actions/move"][s["start"] : stop].tolist()
+    return found
+
+
+def test_no_two_shards_are_filled_with_the_same_episodes(tmp_path):
+    """Shards of few and short episodes: each needs more fillers than it has episodes."""
+    config = override(recording_config("frozenlake", ("FrozenLake-v1",), size=(16, 16)), {"data.chunk": 64})
+    collect_episodes(config, tmp_path, policy="random", episodes=16, seed=0, progress=False)
+    found = episodes_of(tmp_path)
+    fillers = [index for index in found if index >= 2**32]
+    assert len(fillers) > 32 and {found[index][0] for index in fillers} == {"train", "holdout"}
+    seeds = {(s["index"], s["seed"]) for s in segments_of(open_dataset(tmp_path))}
+    assert len(seeds) == len({seed for _, seed in seeds}) == len(found)
+
+
+def test_an_episode_of_a_trained_policy_depends_on_its_number_alone(tmp_path):
+    """Not on the shard that it is in, nor on what the policy played before; and nothing is compiled for it."""
+    from dreamer4_jax.agent import model
+    from dreamer4_jax.inference import load_policy
+
+    run = tmp_path / "run"
+    config = lake_run(run)
+    for name, count in (("few", 8), ("many", 24)):
+        collect_episodes(config, tmp_path / name, policy=str(run), episodes=count, seed=0, progress=False)
+    few, many = episodes_of(tmp_path / "few"), episodes_of(tmp_path / "many")
+    assert [few[i][1] for i in range(8)] == [many[i][1] for i in range(8)]
+    assert len({tuple(many[i][1]) for i in range(24)}) > 12
+
+    image = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    policy = load_policy(run)
+    policy.reset(seed=7)
+    first = [policy.act(x) for x in image]
+    compiled = model._act._cache_size()
+    policy.reset()
+    assert [policy.act(x) for x in image] != first  # without a seed the draws go on
+    policy.reset(seed=7)
+    assert [policy.act(x) for x in image] == first and model._act._cache_size() == compiled
+
+
+def test_a_policy_that_has_changed_does_not_go_on(tmp_path, monkeypatch):
+    import shutil
+
+    from tests.saved_run import SEEDS
+
+    run = tmp_path / "run"
+    config = lake_run(run, actor=False)
+    monkeypatch.chdir(tmp_path)
+    kwargs = dict(policy="run", episodes=4, seed=0, progress=False)
+    manifest = collect_episodes(config, "a", **kwargs)
+    request = manifest["request"]
+    assert (request["policy"], request["phase"]) == (str(run), "agent") and len(request["weights"]) == 16
+    assert collect_episodes(config, "a", **{**kwargs, "policy": str(run)}) == manifest  # by any name
+    shutil.rmtree(run)
+    monkeypatch.setitem(SEEDS, "agent", 5)
+    lake_run(run, actor=False)  # trained again
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"another config \(weights is '[0-9a-f]{16}' there"):
+            collect_episodes(config, "a", **kwargs)
+        (tmp_path / "a" / "dataset.json").unlink(missing_ok=True)  # nor where it was interrupted
+    shutil.rmtree(run)
+    lake_run(run)
+    with pytest.raises(DataError, match="phase is 'agent' there, 'imagination' here"):
+        collect_episodes(config, "a", **kwargs)
+
+
+def test_the_phase_is_chosen_once(tmp_path, monkeypatch):
+    """Phase 3 finishes while the shards are made: they all play phase 2."""
+    import shutil
+
+    from dreamer4_jax.envs import episodes
+
+    run, plain = tmp_path / "run", episodes.make_shard
+    config = lake_run(run)
+    later = tmp_path / "later"
+    shutil.move(run / "checkpoints" / "imagination", later)
+    kwargs = dict(policy=str(run), episodes=4, seed=0, progress=False)
+    manifest = collect_episodes(config, tmp_path / "a", **kwargs)
+
+    def finishing(job):
+        if later.exists():
+            shutil.move(later, run / "checkpoints" / "imagination")
+        return plain(job)
+
+    monkeypatch.setattr(episodes, "make_shard", finishing)
+    assert collect_episodes(config, tmp_path / "b", **kwargs) == manifest
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_trained_policy_sees_what_it_was_trained_on(tmp_path):
+    from dreamer4_jax.training.loop import open_run
+    from tests.saved_run import small_run_config
+
+    seven = [{"name": "move", "kind": "categorical", "size": 7}]
+    fields = {"env.view": "agent", "env.tile": 6, "env.max_steps": 9, "tokenizer.height": 64, "tokenizer.width": 64,
+              "tokenizer.latents": 64, "actions": seven}  # fmt: skip
+    run = str(tmp_path / "run")
+    open_run(tmp_path / "run", small_run_config(**fields))
+    config = recording_config("babyai", ("BabyAI-PickupLoc-v0",), policy=run)
+    assert (config.env.view, config.env.tile, config.env.max_steps) == ("agent", 6, 9)
+    assert config.env.levels == ("BabyAI-PickupLoc-v0",)
+    check_policy(override(config, {"env.max_steps": 20}), run)
+    with pytest.raises(UserError, match="trained with env.view = agent, the recording has full; give env.view=agent"):
+        check_policy(override(config, {"env.view": "full"}), run)
+    with pytest.raises(UserError, match="trained with env.tile = 6, the recording has 8; give env.tile=6"):
+        check_policy(override(config, {"env.tile": 8}), run)
+    other = recording_config("crafter", ("Crafter",), policy=run) if find_spec("crafter") else None
+    assert other is None or (other.env.view, other.env.max_steps) == ("full", 1000)
+
+
+def test_actions_beyond_the_range_are_recorded_as_they_were_done():
+    import gymnasium
+
+    from dreamer4_jax.config import ActionComponent
+    from dreamer4_jax.envs.collect import record
+    from tests.toy_env import ShowAction
+
+    parts = (ActionComponent("arm", "continuous", 2), ActionComponent("keys", "binary", 1))
+    given = []
+
+    class Arm(ShowAction):
+        action_space = gymnasium.spaces.Dict()
+
+        def step(self, action):
+            given.append(action["arm"])
+            return super().step(0)
+
+    env = Arm(16, 3, 2)
+    action = {"arm": np.asarray([1.5, -0.25], np.float32), "keys": np.ones(1, np.uint8)}
+    episode = record(env, lambda _: action, env.reset(seed=0), parts, {}).validate(parts)
+    np.testing.assert_array_equal(episode.actions["arm"], [[0, 0], [1, -0.25], [1, -0.25]])
+    np.testing.assert_array_equal(episode.actions["keys"], [[0], [1], [1]])
+    np.testing.assert_array_equal(given, [[1.5, -0.25]] * 2)  # the environment is asked for what was chosen
 
 
 def test_a_task_that_changes_is_recorded_by_frame():

@@ -12,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 from dreamer4_jax.config import ActionComponent, EnvConfig, UserError
 from dreamer4_jax.envs import kinds, spaces
 from dreamer4_jax.envs.collect import record
+from dreamer4_jax.evaluation.simulator import clone
 
 LEVELS = {
     "crafter": "CrafterDiamond",
@@ -115,6 +116,49 @@ def test_environments_are_found_by_kind_and_by_level():
     for name in ("nowhere", "ALE/Pong-v5,Crafter"):
         with pytest.raises(UserError, match="unknown environment .* babyai .* vizdoom"):
             kinds.find(name)
+
+
+def futures(env, seeds):
+    """What is seen of the next steps, in copies and then in the environment itself: the same moves in all."""
+
+    def after(other):
+        seen, rng = hashlib.sha256(), np.random.default_rng(0)
+        for _ in range(60):
+            observation, _, terminated, truncated, _ = other.step(int(rng.integers(1, 5)))
+            seen.update(observation["image"].tobytes())
+            if terminated or truncated:
+                break
+        return seen.hexdigest()
+
+    found = [after(clone(env, seed)) for seed in seeds]
+    return found, after(env)
+
+
+@pytest.mark.parametrize(("kind", "level"), [("minatar", "MinAtar/Asterix-v0"), ("crafter", "Crafter")])
+def test_a_copy_does_not_know_the_future(kind, level):
+    env = game(kind, level, max_steps=200)
+    env.reset(seed=5)
+    (one, again, *others), real = futures(env, (0, 0, 1, 2, 3))
+    assert one == again and len({one, real, *others}) == 5
+
+
+@pytest.mark.parametrize(("kind", "name"), [("atari", "Atari ALE/"), ("vizdoom", "ViZDoom ViZDoom/")])
+def test_what_cannot_be_copied_is_named(kind, name):
+    env = game(kind)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match=f"^{name}.*: cannot be copied in the middle of an episode"):
+        clone(env, 0)
+    env.close()
+
+
+def test_a_race_cannot_be_copied():
+    """Gymnasium's copy of a race would be a new one, on which nobody has set out."""
+    pytest.importorskip("Box2D", reason="the extra 'control' is not installed")
+    env = kinds.make(EnvConfig("control", ("CarRacing-v3",)), "CarRacing-v3", height=32, width=32, words=1)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match=r"^Continuous control CarRacing-v3: cannot be copied .*Box2D has no copies"):
+        clone(env, 0)
+    env.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

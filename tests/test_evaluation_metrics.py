@@ -144,3 +144,23 @@ def test_changed_tiles_by_hand():
     assert m.symbol_accuracy(true, true) == 1.0
     with pytest.raises(UserError, match="last context frame"):
         m.symbol_counts(true, true, true)
+
+
+def test_units_are_drawn_as_a_whole():
+    """Clips of one episode are one draw: ten copies of each of 8 values are worth 8 values, not 80."""
+    values = np.random.default_rng(0).normal(size=8)
+    copies, units = np.repeat(values, 10), np.repeat(np.arange(8), 10)
+    alone = m.bootstrap_ci(values)
+    together = m.bootstrap_ci(copies, units=units)
+    np.testing.assert_allclose(together, alone, atol=1e-12)
+    as_if = m.bootstrap_ci(copies)
+    assert together.high - together.low > 2.5 * (as_if.high - as_if.low)
+    mixed = np.random.default_rng(1).permutation(80)
+    _, low, high = m.bootstrap_ci(copies[mixed], units=units[mixed])
+    assert high - low == pytest.approx(alone.high - alone.low, rel=0.1)
+    np.testing.assert_allclose(m.bootstrap_difference_ci(copies, 0 * copies, units=units), alone, atol=1e-12)
+    names = np.asarray([f"episode {u}" for u in units])
+    ratio = m.bootstrap_ratio_ci(copies + 5, np.ones(80), units=names)
+    np.testing.assert_allclose(ratio, np.asarray(alone) + 5, atol=1e-12)
+    with pytest.raises(UserError, match="strata"):
+        m.bootstrap_ci(copies, units=units[:5])

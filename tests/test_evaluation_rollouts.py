@@ -79,6 +79,8 @@ def test_clips_lie_inside_one_episode_and_tokens_are_theirs(data):
         np.testing.assert_array_equal(shown, frame_action(clips.frames))
         clip_ids = list(zip(episode[:, 0], step[:, 0], strict=True))
         assert len(set(clip_ids)) == 6  # distinct
+        same = clips.episodes[:, None] == clips.episodes
+        np.testing.assert_array_equal(same, episode[:, :1] == episode[:, 0])
         found |= set(clip_ids)
     assert any(step == 0 for _, step in found) and any(step > 0 for _, step in found)
     assert {100 <= episode < 200 for episode, _ in found} == {True, False}  # of both streams

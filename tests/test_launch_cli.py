@@ -1,18 +1,33 @@
 """`dreamer4 launch` refuses what can't work before anything is started, and hands the rest to a backend."""
 
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dreamer4_jax import cli
-from launch import local
+from dreamer4_jax.parallel import bucket
+from launch import local, sweep_cli
+from launch.cli import EPILOG
 from launch.spec import RunSpec, retryable
+from tests.toy_env import write_toy_dataset
 
-TPU = ["--backend", "tpu", "--accelerator", "v5e-16", "--archive", "gs://b/c.tar.gz", "--output", "gs://b/runs"]
-JOBSET = ["--backend", "jobset", "--accelerator", "v5e-16", "--image", "i", "--output", "gs://b/runs"]
+ROOT = Path(__file__).parents[1]
+
+MESH = ["--mesh", "data=4,ctx=4"]
+TPU = ["--backend", "tpu", "--accelerator", "v5e-16", "--archive", "gs://b/c.tar.gz", "--output", "gs://b/runs", *MESH]
+JOBSET = ["--backend", "jobset", "--accelerator", "v5e-16", "--image", "i", "--output", "gs://b/runs", *MESH]
 XPK = ["--backend", "xpk", "--cluster", "c", *JOBSET[2:]]
+
+
+def examples() -> list[str]:
+    """Commands that are shown to be copied: in the help of launch and sweep, and in the README."""
+    texts = [EPILOG, sweep_cli.EPILOG, (ROOT / "README.md").read_text()]
+    found = re.findall(r"^ *(dreamer4 (?:launch|sweep) (?:.*\\\n)*.*)$", "\n".join(texts), re.MULTILINE)
+    return list(dict.fromkeys(command.replace("\\\n", "") for command in found))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +59,7 @@ def without(argv: list[str], option: str) -> list[str]:
         (["quickstart", "--mesh", "rows=3"], "unknown axis 'rows'"),
         (["quickstart", *without(TPU, "--accelerator")], "--backend tpu needs --accelerator"),
         (["quickstart", *TPU, "--accelerator", "v5e-15"], "unknown accelerator 'v5e-15'.*v5litepod-16"),
-        (["quickstart", *TPU, "--accelerator", "tpu7x-8"], "GKE alone"),
+        (["quickstart", *TPU, "--accelerator", "tpu7x-8", "--mesh", "data=4,ctx=2"], "GKE alone"),
         (["quickstart", *without(TPU, "--output")], "--output runs: .* needs a bucket"),
         (["quickstart", *TPU, "--output", "gs://"], "needs a bucket"),
         (["quickstart", *without(TPU, "--archive")], "--backend tpu needs --archive"),
@@ -59,7 +74,31 @@ def without(argv: list[str], option: str) -> list[str]:
         (["quickstart", *without(XPK, "--cluster")], "--backend xpk needs --cluster"),
         (["quickstart", *without(XPK, "--cluster"), "--action", "status"], "--backend xpk needs --cluster"),
         (["quickstart", *XPK, "--action", "stop"], "xpk has no stop"),
-        (["quickstart", "--backend", "skypilot", *TPU[2:], "--slices", "2"], "no slices"),
+        (
+            ["quickstart", "--backend", "skypilot", *TPU[2:], "--slices", "2", "--mesh", "replica=2,data=2,ctx=8"],
+            "no slices",
+        ),
+        # Batches of quickstart have 8, 4, 12 and 32 rows.
+        (
+            ["quickstart", *TPU, "--mesh", "data=16"],
+            r"train.tokenizer: a batch of 8 rows cannot be divided among 16 devices \(--mesh data=16\); use --mesh"
+            " data=4,ctx=4, or batches of a multiple of 16 rows",
+        ),
+        (
+            ["quickstart", *without(TPU, "--mesh"), "train.tokenizer.batch=16"],
+            r"train.dynamics: a batch of 4 rows .* among 16 devices \(without --mesh, data=16\)",
+        ),
+        (["quickstart", *without(JOBSET, "--mesh")], "among 16 devices"),
+        (["quickstart", *TPU, "--slices", "2", "--mesh", "ctx=32"], "crosses the 2 slices: .*replica=2,data=2,ctx=8"),
+        (
+            ["quickstart", *TPU, "--slices", "8", "--mesh", "replica=8,ctx=16"],
+            "devices .*; use batches of a multiple of 8",
+        ),
+        (["quickstart", "--processes", "3"], "among 3 devices .*--mesh data=1,ctx=3"),
+        (["quickstart", "--devices-per-process", "16", "--mesh", "data=16"], "among 16 devices"),
+        (["quickstart", "--seed", "0", "seed=3"], "--seed 0 and seed=3: give one of them"),
+        (["quickstart", *JOBSET, "data.source=gs://b/x"], "data.source = gs://b/x: .*write /tmp/dreamer4-buckets/ for"),
+        (["quickstart", *XPK, "tokenizer.perceptual=v.npz"], "perceptual = v.npz: lies on this machine alone.*gs://b"),
     ],
 )
 def test_refused_with_one_line(argv, match, capsys, tmp_path):
@@ -68,6 +107,42 @@ def test_refused_with_one_line(argv, match, capsys, tmp_path):
     assert out == "" and err.startswith("dreamer4: ") and err.count("\n") == 1
     assert re.search(match, err), err
     assert not list(tmp_path.iterdir())
+
+
+def test_data_lie_in_the_bucket(tmp_path, monkeypatch, capsys):
+    """What is in the mount of --output's bucket, here and on the machines, passes; a folder of this machine doesn't."""
+    monkeypatch.setattr(bucket, "MOUNTS", tmp_path / "mounts")
+    held, here = tmp_path / "mounts" / "b" / "set", tmp_path / "here"
+    for folder in (held, here):
+        write_toy_dataset(folder, shards=1, episodes=2)
+    for fields in (f"data.source={held}", f'data.also=["{held}"]', f"tokenizer.perceptual={held}/vgg.npz"):
+        assert cli.main(["launch", "quickstart", *JOBSET, fields, "--dry-run"]) == 0
+    assert cli.main(["launch", "quickstart", *TPU, f"tokenizer.perceptual={held}/vgg.npz", "--dry-run"]) == 0
+    assert cli.main(["launch", "quickstart", f"data.source={here}", "--dry-run"]) == 0  # this machine has it
+    capsys.readouterr()
+    for argv, match in (
+        ([*JOBSET, f"data.source={here}"], f"data.source = {here}: lies on this machine alone"),
+        ([*XPK, f'data.also=["{here}"]'], f"data.also = {here}: lies on this machine alone"),
+        ([*TPU, f"data.source={held}"], f"data.source = {held}: the machines of --backend tpu come without data"),
+    ):
+        assert cli.main(["launch", "quickstart", *argv, "--dry-run"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and match in err, err
+
+
+@pytest.mark.parametrize("words", [["seed=3"], ["--seed", "3"], ["--seed", "3", "seed=3"]])
+def test_a_run_is_named_by_its_seed(words, capsys):
+    assert cli.main(["launch", "quickstart", *words, "--dry-run"]) == 0
+    assert "--run runs/quickstart-seed3 --resume --seed 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", examples())
+def test_the_examples_pass_every_check(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    # --check asks the compiler, for minutes.
+    words = [word for word in shlex.split(command, comments=True)[1:] if word != "--check"]
+    assert cli.main([*words, "--dry-run"] if "--dry-run" not in words else words) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", [0, 1, 42, 137])

@@ -29,17 +29,18 @@ BUCKET = ["--output", "gs://bucket/runs"]
 TRICKY = "env.level=a b'c\"d$(touch /tmp/e)`f`\\g;h"
 TRANSCRIPTS = {
     "local": "quickstart --smoke --processes 2 --devices-per-process 4 --mesh data=4,ctx=2 train.dynamics.steps=20",
-    "tpu": "quickstart --backend tpu --accelerator v5litepod-16 --spot --zone us-central1-a --project p --mesh data=16"
-    " --archive . --output gs://bucket/runs --label team=world",
+    "tpu": "quickstart --backend tpu --accelerator v5litepod-16 --spot --zone us-central1-a --project p"
+    " --mesh data=4,ctx=4 --archive . --output gs://bucket/runs --label team=world",
     "tpu-slices": "quickstart --backend tpu --accelerator v6e-64 --slices 2 --zone us-east5-b --name two --seed 3"
-    " --archive gs://bucket/code.tar.gz --output gs://bucket/runs",
+    " --archive gs://bucket/code.tar.gz --output gs://bucket/runs --mesh replica=2,data=2,ctx=32",
     "tpu-stop": "quickstart --backend tpu --action stop --zone us-central1-a",
     "jobset": "quickstart --backend jobset --accelerator v5p-128 --slices 2 --spot --image registry/dreamer4:1"
-    " --output gs://bucket/runs --label kueue.x-k8s.io/queue-name=multislice-queue --retries 50",
+    " --output gs://bucket/runs --label kueue.x-k8s.io/queue-name=multislice-queue --retries 50"
+    " --mesh replica=2,data=2,ctx=32",
     "xpk": "quickstart --backend xpk --accelerator v5litepod-256 --slices 4 --cluster pods --image registry/dreamer4:1"
-    " --zone us-west4-a --output gs://bucket/runs",
+    " --zone us-west4-a --output gs://bucket/runs --mesh replica=4,ctx=256",
     "skypilot": "quickstart --backend skypilot --accelerator v6e-8 --spot --archive . --zone us-east5-b"
-    " --output gs://bucket/runs",
+    " --output gs://bucket/runs --mesh data=4,ctx=2",
 }
 
 
@@ -167,7 +168,8 @@ JOB = {
                     "emptyDir?": {"medium": "Memory"},
                     "csi?": {
                         "driver": "gcsfuse.csi.storage.gke.io",
-                        "volumeAttributes": {"bucketName": str, "mountOptions": str},
+                        # The last: pods of the host's network have no rights on the bucket without it.
+                        "volumeAttributes": {"bucketName": str, "mountOptions": str, "hostNetworkPodKSA": "true"},
                     },
                 }
             ],

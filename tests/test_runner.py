@@ -284,3 +284,21 @@ def test_baselines_are_trained_beside_the_run_and_measured_with_it(finished, tmp
     run.config = override(run.config, {"evaluate.diffusion_baseline": True})
     measured = [m["name"] for m in run.evaluate_world_model()["steps"]["models"]]
     assert measured == ["shortcut forcing", *(b.title for b in BASELINES.values())]
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"evaluate.frames": 13, "env.max_steps": 12}, "the held-out split has 0 windows of 15 frames"),
+        ({"train.agent.length": 1}, "no window of 1 frames earns a reward"),
+    ],
+)
+def test_what_the_last_stages_need_is_asked_for_before_the_first_is_trained(tmp_path, fields, match):
+    run = Run(micro(**fields), tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match=match):
+        run.all()
+    assert (run.dir / "data").exists() and not (run.dir / "checkpoints").exists()
+
+
+def test_the_command_line_knows_every_phase():
+    assert cli.PHASES == PHASES and set(cli.BASELINES) == set(BASELINES)

@@ -225,7 +225,8 @@ def test_a_managed_job_that_somebody_else_cancelled_is_not_a_failure(cloud, tmp_
         cloud_stand_in.end(room, signal.SIGKILL)
 
     with meanwhile(lambda: steps(cloud, 0.2)[-1:] == [4] and (room / "job").exists(), cancel):
-        go("skypilot", grid(0.2), tmp_path / "sweep")
+        with pytest.raises(SweepInterrupted, match="1 trials were interrupted"):
+            go("skypilot", grid(0.2), tmp_path / "sweep")
     assert by_rate(tmp_path / "sweep")[0.2]["state"] == "interrupted"
     plan(cloud)
     assert go("skypilot", grid(0.2), tmp_path / "sweep").count("finished") == 1
@@ -331,6 +332,10 @@ def test_dry_run_prints_the_commands_of_every_trial(backend, file, cloud, tmp_pa
         (["--backend", "tpu", *without(ARGS["tpu"], "--accelerator")], "--backend tpu needs --accelerator"),
         (["--backend", "tpu", *ARGS["tpu"], "--mesh", "data=8"], "multiply to 8, but there are 16 devices"),
         (["--backend", "tpu", *ARGS["tpu"], "--accelerator", "tpu7x-8"], "GKE alone"),
+        (
+            ["--backend", "tpu", *ARGS["tpu"], "--accelerator", "v5e-32"],
+            "a batch of 16 rows cannot be divided among 32",
+        ),
         (["--backend", "tpu", *ARGS["tpu"], "--label", "team"], "--label team: write it as key=value"),
         (["--backend", "xpk", *without(ARGS["xpk"], "--cluster")], "--backend xpk needs --cluster"),
         (["--backend", "skypilot", *ARGS["skypilot"], "--slices", "2"], "no slices"),
@@ -341,6 +346,16 @@ def test_refused_before_anything_is_started(argv, message, file, cloud, tmp_path
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dreamer4: ") and message in err
     assert transcript(cloud) == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("values, match", [("16, 24", "a batch of 24 rows"), ("16, 32", "")])
+def test_each_end_of_a_study_is_checked_for_the_machines(values, match, cloud, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from launch.metric import Metric\nfrom launch.study import choice\nEXPERIMENT, TRIALS = 'tiny', 3\n"
+        f"STUDY = {{'train.agent.batch': choice({values})}}\nMETRIC = Metric({SCORE.path!r}, 'max')\n"
+    )
+    assert main(["sweep", "mine.py", "--backend", "tpu", *ARGS["tpu"], "--dry-run"]) == (2 if match else 0)
+    assert match in capsys.readouterr().err and transcript(cloud) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -252,6 +252,24 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     assert steps(directory, 0.2) == list(range(1, fake_backend.STEPS + 1))
 
 
+def test_trials_that_were_interrupted_by_themselves_are_said_and_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.py").write_text(FILE)
+    from launch import sweep as sweeps
+
+    monkeypatch.setattr(sweeps, "run", lambda sweep, directory, **options: go(sweep, directory, **options))
+    directory = Path("runs/sweep-sweep")
+    directory.parent.mkdir()
+    plan(directory, interrupt=[0.2])
+    assert main(["sweep", "sweep.py", "--jobs", "1"]) == 42
+    assert "1 trials were interrupted; the same command goes on with runs/sweep-sweep" in capsys.readouterr().err
+    assert {rate: r["state"] for rate, r in by_rate(directory).items()} == {0.1: "finished", 0.2: "interrupted"}
+    assert main(["sweep", "sweep.py", "--limit", "1"]) == 0  # that one is none of the first trial's sweep
+    assert main(["sweep", "sweep.py", "--jobs", "1"]) == 0
+    assert [starts(directory, r) for r in (0.1, 0.2)] == [1, 2]
+    assert steps(directory, 0.2) == list(range(1, fake_backend.STEPS + 1))
+
+
 def test_a_killed_sweep_goes_on(tmp_path):
     """kill -9 in the middle of a trial: the trial notices, saves and ends; the next sweep waits for it and resumes."""
     directory = tmp_path / "sweep"
@@ -331,6 +349,17 @@ def test_a_search_is_the_same_whether_interrupted_or_not(tmp_path):
     assert {p.parent.name: p.read_text() for p in parts.glob("*/starts")} == {
         name: "xx" if name == resumed else "x" for name in Records(whole).latest
     }
+
+
+def test_a_search_goes_on_with_what_was_interrupted_by_itself(tmp_path):
+    pytest.importorskip("optuna")
+    directory = tmp_path / "sweep"
+    sweep = search(lr=choice(0.1, 0.2))
+    plan(directory, interrupt=[0.2])
+    with pytest.raises(SweepInterrupted, match="1 trials were interrupted"):
+        go(sweep, directory)
+    assert go(sweep, directory).count("finished") == 2
+    assert starts(directory, 0.1) == 1 and starts(directory, 0.2) == 2
 
 
 def steps_of(path: Path) -> list[int]:

@@ -91,10 +91,10 @@ def toy_episodes(count: int, *, seed: int = 0, size: int = 16, words: int = 3, s
     """Episodes of random actions; episode i of seed s shows the number 100 * s + i in blue."""
     env, rng = ShowAction(size, words, steps), np.random.default_rng(seed)
     meta = {"level": "toy", "policy": "random", "mission": "show your action"}
-    return [
-        record(env, lambda _: int(rng.integers(ACTIONS)), env.reset(seed=100 * seed + i), (COMPONENT,), meta)
-        for i in range(count)
-    ]
+    play = lambda n: record(
+        env, lambda _: int(rng.integers(ACTIONS)), env.reset(seed=n), (COMPONENT,), {**meta, "seed": n}
+    )
+    return [play(100 * seed + i) for i in range(count)]
 
 
 def write_toy_dataset(directory: str | Path, *, chunk: int = 16, shards: int = 2, episodes: int = 30) -> dict[str, Any]:

@@ -65,10 +65,13 @@ def twohot_mean(logits: Float[Array, "... S"], bins: Float[Array, " S"] | np.nda
 
 
 def twohot_loss(
-    logits: Float[Array, "... S"], target: Float[Array, "..."], bins: Float[Array, " S"] | np.ndarray
+    logits: Float[Array, "... S"],
+    target: Float[Array, "..."],
+    bins: Float[Array, " S"] | np.ndarray,
+    weight: Float[Array, " S"] | float = 1.0,
 ) -> Float[Array, "..."]:
-    """Cross-entropy to the two-hot of `target` (held constant), in nats."""
-    weights = jax.lax.stop_gradient(symexp_twohot(target, bins))
+    """Cross-entropy to the two-hot of `target` (held constant), in nats; `weight` multiplies the term of each bin."""
+    weights = jax.lax.stop_gradient(symexp_twohot(target, bins)) * weight
     return -jnp.sum(weights * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
@@ -215,8 +218,8 @@ def agent_losses(
 
     Args:
         batch: actions and present (dicts of [B, T, ...]), reward, is_first, is_terminal [B, T], relevant [B].
-        event_weight: weight of targets that are a reward (not 0) or an end, in the means of these two losses. Rare
-            events are learned sooner; the probabilities that the heads learn do not depend on it.
+        event_weight: weight of targets that are a reward (bins other than 0) or an end, in the means of these two
+            losses. Rare events are learned sooner; the probabilities that the heads learn do not depend on it.
 
     Returns:
         Scalars "policy", "reward", "continue"; and metrics, all at offset n = 0.
@@ -238,8 +241,12 @@ def agent_losses(
     rewards = future(jnp.asarray(batch["reward"], jnp.float32), 0, count)
     bins = symexp_bins(reward.bins)
     reward_logits = reward.logits(h)
-    reward_nll = twohot_loss(reward_logits - shift * (bins == 0), rewards, bins)
-    reward_loss = masked_mean(reward_nll, inside * jnp.where(rewards != 0, event_weight, 1.0))
+    # The weight is of bins: a small reward is partly in the bin at zero, and that part is no event.
+    event = 1.0 - symexp_twohot(rewards, bins)[..., reward.bins // 2]
+    weight = jnp.where(bins == 0, 1.0, event_weight)
+    reward_nll = twohot_loss(reward_logits - shift * (bins == 0), rewards, bins, weight)
+    counts = 1.0 + (event_weight - 1.0) * event
+    reward_loss = masked_mean(reward_nll / counts, inside * counts)
 
     alive = ~future(jnp.asarray(batch["is_terminal"]).astype(bool), 0, count)
     cont_logits = cont.logits(h)

@@ -21,10 +21,8 @@ from dreamer4_jax.data.readers.base import Entry, Fit, Options, Part, Reader
 from dreamer4_jax.data.schema import DataError, Episode, chunks
 from dreamer4_jax.data.store import MANIFEST, SPLITS, DatasetSpec, open_dataset
 
-UNKNOWN = 256  # frames that an episode is thought to have, where its header does not say
-SHARD_BYTES = (
-    200_000_000  # of raw frames: a shard is made in memory, piece by piece, and is what a worker makes at once
-)
+# Of raw frames: a shard is made in memory, piece by piece, and is what a worker makes at once.
+SHARD_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Job:
     """What a worker needs to make one shard."""
 
     source: str
+    files: str  # names what the source holds (see `identity`)
     format: str
     options: Options
     space: ActionSpace
@@ -56,7 +55,7 @@ _opened: dict[str, Reader] = {}  # a worker opens its source once
 
 
 def _open(job: Job) -> Reader:
-    key = json.dumps([job.source, job.format, asdict(job.options), asdict(job.space)], sort_keys=True)
+    key = json.dumps([job.source, job.files, job.format, asdict(job.options), asdict(job.space)], sort_keys=True)
     if key not in _opened:
         _opened.clear()
         _opened[key] = readers.open_source(job.source, job.format, job.options, job.space)
@@ -108,17 +107,24 @@ def make_shard(job: Job) -> dict[str, Any]:
 Sized = tuple[Piece, int]  # with the frames that it is thought to have
 
 
-def _cut(key: str, start: int, stop: int, shard: int, *, to_end: bool = True) -> list[Sized]:
-    """Frames start .. stop - 1 of an episode in pieces of at most `shard` frames, the last one up to its end."""
-    starts = list(range(start, stop, shard))
-    out = [(Piece(key, at, min(at + shard, stop)), min(shard, stop - at)) for at in starts]
+def _cut(key: str, start: int, stop: int, shard: int, every: int, *, to_end: bool = True) -> list[Sized]:
+    """Frames start .. stop - 1 of an episode in pieces of at most `shard` frames, the last one up to its end.
+
+    A piece begins with the last frame that the one before keeps: nothing leads to the first frame of a piece, and what
+    led to the second, and was earned there, would be lost otherwise.
+    """
+    step = max(every, shard - every)
+    starts = [start, *range(start + step, stop - every, step)]
+    out = [(Piece(key, at, min(at + shard - every + 1, stop)), min(shard, stop - at)) for at in starts]
     if to_end:  # headers may be off by a frame
         out[-1] = (Piece(key, starts[-1], None), out[-1][1])
     return out
 
 
-def _pieces(entries: list[Entry], shard: int) -> list[Sized]:
-    return [p for e in entries for p in (_cut(e.key, 0, e.frames, shard) if e.frames else [(Piece(e.key), UNKNOWN)])]
+def _pieces(entries: list[Entry], shard: int, every: int, typical: int) -> list[Sized]:
+    """All of every episode; of those whose header does not say how long they are, `typical` frames are expected."""
+    known = lambda e: _cut(e.key, 0, e.frames, shard, every)
+    return [p for e in entries for p in (known(e) if e.frames else [(Piece(e.key), typical)])]
 
 
 def divide(
@@ -150,22 +156,28 @@ def divide(
             raise DataError(f"{reader.source}: one episode of unknown length cannot be divided: give two or more")
         cut = only.frames - max(chunk, round(holdout * only.frames))
         return {
-            "train": _fill(_cut(only.key, 0, cut, shard, to_end=False), shard),
-            "holdout": _fill(_cut(only.key, cut, only.frames, shard), shard),
+            "train": _fill(_cut(only.key, 0, cut, shard, every, to_end=False), shard),
+            "holdout": _fill(_cut(only.key, cut, only.frames, shard, every), shard),
         }
     entries = [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))]
-    held, seen, reason = 0, 0, ""
-    # By frames where the headers say how many there are, else by episodes.
-    while seen < chunk or (seen < holdout * total if known else held < holdout * len(entries)):
-        if held == len(entries) - 1:
+    # Held out are the first of them, and those that are much longer than that part should be if nothing else will do.
+    usual = max(holdout * total, sorted(e.frames for e in entries)[(len(entries) - 1) // 2])
+    long = lambda e: known and e.frames > 2 * usual
+    held: list[Entry] = []
+    lengths: list[int] = []
+    seen, reason = 0, ""
+    for entry in sorted(entries, key=lambda e: e.frames if long(e) else 0)[:-1]:
+        # By frames where the headers say how many there are, else by episodes.
+        enough = seen >= holdout * total if known else len(held) >= holdout * len(entries)
+        if seen >= chunk and (enough or long(entry)):
             break
-        entry = entries[held]
-        held += 1
+        held.append(entry)
         if entry.frames and seen:
             seen += entry.frames
             continue
         try:
-            seen += every * len(_read(reader, Piece(entry.key), fit, every, spec))
+            lengths.append(every * len(_read(reader, Piece(entry.key), fit, every, spec)))
+            seen += lengths[-1]
         except DataError as error:
             reason = reason or str(error)
     if seen < chunk:
@@ -174,10 +186,10 @@ def divide(
             f"{reader.source}: too few of its {len(entries)} episodes can be used for a training and a held-out chunk "
             f"of {spec.chunk} frames{why}"
         )
-    return {
-        "train": _fill(_pieces(entries[held:], shard), shard),
-        "holdout": _fill(_pieces(entries[:held], shard), shard),
-    }
+    typical = round(float(np.mean(lengths)))
+    out = set(held)
+    split = {"train": [e for e in entries if e not in out], "holdout": held}
+    return {name: _fill(_pieces(part, shard, every, typical), shard) for name, part in split.items()}
 
 
 def _fill(pieces: list[Sized], shard: int) -> list[list[Sized]]:
@@ -200,6 +212,7 @@ def convert(
     *,
     format: str = "",
     options: Options | None = None,
+    like: str | Path | None = None,
     size: tuple[int, int] | None = (64, 64),
     how: str = "stretch",
     chunk: int = 64,
@@ -217,6 +230,7 @@ def convert(
 
     Args:
         format: see `readers.FORMATS`; detected if empty.
+        like: a dataset whose action components and ranges this one gets, to mix the two; values beyond are clipped.
         size: (height, width) that frames are fitted to, `how` as in `Fit`; None: their own, which must all be equal.
         chunk: frames of one record: the least that is read for a window.
         every: take every n-th frame (see `Episode.every`).
@@ -231,7 +245,7 @@ def convert(
         raise DataError(f"--holdout {holdout}: must be between 0 and 1")
     if size is not None and min(size) < 1:
         raise DataError(f"--size {size[0]}x{size[1]}: must be positive")
-    reader = readers.open_source(source, format, options)
+    reader = readers.open_source(source, format, options, None if like is None else _space(like))
     entries = reader.entries()
     if not entries:
         raise DataError(f"{source}: holds no episodes")
@@ -239,9 +253,16 @@ def convert(
     spec = DatasetSpec("frames", chunk, size or _native(reader, entries), 1, reader.space.components)
     most = max(1, SHARD_BYTES // (spec.frame_bytes() * chunk))
     shard = max(1, shard_frames // chunk if shard_frames else min(64, most)) * chunk * every
+    files = identity(source)
     listing = hashlib.sha256(json.dumps([asdict(e) for e in entries]).encode()).hexdigest()
     request = {
-        "source": {"format": reader.format, "episodes": len(entries), "listing": listing, "options": asdict(options)},
+        "source": {
+            "format": reader.format,
+            "files": files,
+            "episodes": len(entries),
+            "listing": listing,
+            "options": asdict(options),
+        },
         "fit": how,
         "every": every,
         "holdout": holdout,
@@ -261,7 +282,7 @@ def convert(
             path = dest / writer.shard_file(split, index, len(plan[split]))
             jobs.append(
                 Job(
-                    str(source), reader.format, options, reader.space, spec, fit, every,
+                    str(source), files, reader.format, options, reader.space, spec, fit, every,
                     tuple(p for p, _ in pieces), sum(n for _, n in pieces), str(path),
                 )
             )  # fmt: skip
@@ -275,6 +296,7 @@ def convert(
     for split in SPLITS:
         if not any(e["chunks"] for e in made[split]):
             why = f"; {len(skipped)} could not be read, first: {skipped[0]['reason']}" if skipped else ""
+            writer.abandon(dest)  # with other options it can go into the same directory
             raise DataError(
                 f"{source}: the {split} part has no {chunk} consecutive frames{why}; give more, or a smaller --chunk"
             )
@@ -292,6 +314,26 @@ def convert(
         dropped_frames=sum(e["dropped_frames"] for e in everything),
         skipped=skipped,
     )
+
+
+def _space(like: str | Path) -> ActionSpace:
+    """The actions of a dataset."""
+    data = open_dataset(like, verify=False)
+    ranges = data.manifest.get("ranges", {})
+    end = lambda c, name, usual: tuple(ranges[c.name][name] if c.name in ranges else [usual] * c.size)
+    parts = [c for c in data.spec.actions if c.kind == "continuous"]
+    low, high = ({c.name: end(c, name, usual) for c in parts} for name, usual in (("low", -1.0), ("high", 1.0)))
+    return ActionSpace(data.spec.actions, low, high)
+
+
+def identity(source: str | Path) -> str:
+    """Names what a source holds: its files by name, size and time of change, or what is no path by itself."""
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p in found for s in [p.stat()]]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def _native(reader: Reader, entries: list[Entry]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from dreamer4_jax.config import ActionComponent
@@ -99,13 +100,13 @@ def _sheet(data: Dataset, seed: int) -> tuple[np.ndarray, list[str]]:
 def table(found: Findings) -> Table:
     """The numbers, for a terminal."""
     data, stats = found.dataset, found.stats
-    out = Table(title=str(data.directory), show_header=False)
+    out = Table(title=escape(str(data.directory)), show_header=False)
     lengths = np.asarray(stats["lengths"])
     steps = max(1, stats["frames"] - stats["episodes"])
     fps = data.manifest.get("fps")
 
     def row(name: str, value: str) -> None:
-        out.add_row(name, value)
+        out.add_row(name, escape(value))
 
     row("frames", f"{sum(data.frames(s) for s in data.splits):,} of {data.spec.size[0]} x {data.spec.size[1]}"
         + (f", {fps:g} a second" if fps else ""))  # fmt: skip
@@ -158,14 +159,14 @@ def picture(found: Findings) -> bytes:
     figure = Figure(figsize=(columns * tile + 0.4, sum(heights) + 0.5), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{found.dataset.directory.name}: {sum(map(found.dataset.frames, found.dataset.splits)):,} frames",
-                    fontsize=13, color=INK)  # fmt: skip
+                    fontsize=13, color=INK, parse_math=False)  # fmt: skip
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     cells = np.reshape(parts[0].subplots(rows, columns, squeeze=False), (rows, columns))
     for r in range(rows):
         for c in range(columns):
             cells[r, c].imshow(found.sheet[r, c], interpolation="nearest")
             cells[r, c].set_axis_off()
-        cells[r, 0].set_title(found.titles[r][:60], loc="left", fontsize=8, color=INK)
+        cells[r, 0].set_title(found.titles[r][:60], loc="left", fontsize=8, color=INK, parse_math=False)
     drawn = [("lengths", None), ("labels", None), *(("action", c) for c in components)]
     for line in range(lines):
         axes = np.ravel(parts[1 + line].subplots(1, per_line, squeeze=False))
@@ -188,7 +189,8 @@ def picture(found: Findings) -> bytes:
                 _labels(ax, found)
             elif component is not None:
                 _actions(ax, component, np.asarray(stats["actions"][component.name]), stats["present"][component.name])
-    parts[-1].text(0.01, 0.97, "What looks wrong\n" + "\n".join(text), va="top", fontsize=9, color=INK)
+    told = "\n".join(["What looks wrong", *text])
+    parts[-1].text(0.01, 0.97, told, va="top", fontsize=9, color=INK, parse_math=False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100)
     return out.getvalue()

@@ -1,10 +1,24 @@
 """Several datasets as one, each with a weight: of the rows of training batches it has exactly that share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dreamer4_jax.data import statistics
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.store import CACHE_BYTES, Dataset
+
+
+def _ranges(a: Dataset, b: Dataset) -> list[tuple[str, Any, Any]]:
+    """Continuous components whose stored values mean different ones: (name, range in a, range in b)."""
+    out = []
+    for c in a.spec.actions:
+        usual = {"low": [-1.0] * c.size, "high": [1.0] * c.size}
+        ours, theirs = (d.manifest.get("ranges", {}).get(c.name, usual) for d in (a, b))
+        known = all(d.manifest.get("statistics", {}).get("present", {}).get(c.name, 1) for d in (a, b))
+        if c.kind == "continuous" and known and ours != theirs:
+            text = lambda r: f"{r['low']} .. {r['high']}"
+            out.append((c.name, text(ours), text(theirs)))
+    return out
 
 
 def mix(datasets: Sequence[Dataset], weights: Sequence[float] = (), *, cache_bytes: int = CACHE_BYTES) -> Dataset:
@@ -27,6 +41,11 @@ def mix(datasets: Sequence[Dataset], weights: Sequence[float] = (), *, cache_byt
         if data.manifest.get("tokenizer") != first.manifest.get("tokenizer"):
             raise DataError(
                 f"datasets {first.directory} and {data.directory} cannot be mixed: their tokens are of two tokenizers"
+            )
+        for name, ours, theirs in _ranges(first, data):
+            raise DataError(
+                f"datasets {first.directory} and {data.directory} cannot be mixed: -1 .. 1 of action {name!r} is "
+                f"{ours} in one and {theirs} in the other; convert the second with --like {first.directory}"
             )
         named = list(data.manifest.get("tasks", ()))
         if named and tasks and named != tasks:

@@ -103,15 +103,18 @@ class Episode:
         )
 
     def every(self, n: int, components: tuple[ActionComponent, ...]) -> "Episode":
-        """Every n-th frame. Over the frames between, rewards add up and keys count if pressed in any of them; of a
-        categorical or continuous action the last one stands, and a mouse moves by the sum of its movements.
+        """Every n-th frame, and the last one, as where an action is repeated until the episode ends. Over the frames
+        between, rewards add up and keys count if pressed in any of them; of a categorical or continuous action the last
+        one stands, and a mouse moves by the sum of its movements. The task is the one that was rewarded, if any was.
 
         A kept frame has an action where all the frames up to it have one.
         """
         if n == 1:
             return self
-        keep = np.arange(0, len(self), n)
-        groups = [np.arange(max(0, k - n + 1), k + 1) for k in keep.tolist()]  # what led to each kept frame
+        keep = np.unique([*range(0, len(self), n), len(self) - 1])
+        # What led to each kept frame.
+        groups = [np.arange(max(0, k - n + 1), k + 1) if k % n == 0 else np.arange(k - k % n + 1, k + 1)
+                  for k in keep.tolist()]  # fmt: skip
         reward = np.asarray([self.reward[g].sum() for g in groups], np.float32)
         present = {k: np.asarray([v[g].all() for g in groups], np.bool_) for k, v in self.present.items()}
         actions = {k: v[keep] for k, v in self.actions.items()}
@@ -120,11 +123,10 @@ class Episode:
                 actions[c.name] = np.stack([self.actions[c.name][g].max(0) for g in groups])
             elif c.kind == "mouse":
                 actions[c.name] = np.asarray([_summed_mouse(self.actions[c.name][g]) for g in groups], np.int32)
-        task = self.task if self.task.ndim == 1 else self.task[keep]
-        # The last frames may be cut off: then the end is not seen either.
-        ended = self.is_terminal and keep[-1] == len(self) - 1
-        return replace(self, frames=self.frames[keep], actions=actions, present=present, reward=reward,
-                       is_terminal=ended, task=task)  # fmt: skip
+        task = self.task
+        if task.ndim == 2:
+            task = task[[next((i for i in g[::-1].tolist() if self.reward[i]), int(g[-1])) for g in groups]]
+        return replace(self, frames=self.frames[keep], actions=actions, present=present, reward=reward, task=task)
 
 
 def _summed_mouse(ids: Int[np.ndarray, " n"]) -> int:

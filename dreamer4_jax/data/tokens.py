@@ -59,7 +59,7 @@ def write_tokens(
         if entry is None:
             entry = writer.write_shard(path, spec, _encoded(raw, split, indices, encode, batch_chunks))
         entries[split].append(entry)
-    kept = {k: raw.manifest[k] for k in ("request", "statistics") if k in raw.manifest}
+    kept = {k: raw.manifest[k] for k in ("request", "statistics", "tasks", "ranges", "fps") if k in raw.manifest}
     return writer.finish(directory, spec, entries, tokenizer=identity, **kept)
 
 

@@ -128,7 +128,7 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
     dataset's, it is refused, so that nothing is overwritten or mixed.
     """
     path = directory / REQUEST
-    if path.exists():
+    if path.is_file():
         try:
             old = json.loads(path.read_text())
         except ValueError as error:
@@ -140,6 +140,8 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
                 f"{directory} holds a dataset of another config ({shown}): choose another directory, or remove it"
             )
         return
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory} is a file: choose a directory that is empty or not there yet")
     if directory.exists() and any(directory.iterdir()):
         raise DataError(f"{directory} is not empty and holds no dataset of ours: choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,13 @@ def _differences(old: Any, new: Any, at: str = "") -> list[str]:
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{at}.{n}".lstrip("."))]
     old, new = json.loads(json.dumps([old, new]))
     return [] if old == new else [f"{at} is {old!r} there, {new!r} here"]
+
+
+def abandon(directory: Path) -> None:
+    """Takes back `write_request`, and removes what was written for it."""
+    for pattern in (f"{NAME}-*.array_record-*", f".{NAME}-*", REQUEST):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def finish(

@@ -149,7 +149,8 @@ def record(
     while not (terminated or truncated or len(frames) == limit):
         action = act(observation)
         observation, reward, terminated, truncated, info = env.step(action)
-        actions.append(spaces.from_env(action, components))
+        # Environments clip what lies beyond the range: data hold what was done.
+        actions.append(spaces.clipped(spaces.from_env(action, components), components))
         for name in info.get("events", ()):
             events.setdefault(name, len(frames))
         frames.append(observation["image"])

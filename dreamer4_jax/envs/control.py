@@ -32,7 +32,7 @@ from dreamer4_jax.data.readers.base import Fit
 from dreamer4_jax.envs.kinds import Expert
 from dreamer4_jax.envs.pictures import headless
 from dreamer4_jax.envs.pixels import PixelEnv, check_level
-from dreamer4_jax.envs.spaces import from_env, nothing, same, to_env, uniform
+from dreamer4_jax.envs.spaces import clipped, from_env, nothing, same, to_env, uniform
 
 EXTRA = 'needs the extra "control": pip install "dreamer4_jax[control]"'
 HOLD = 0.25  # probability that aimless play draws a new action; it holds the last one otherwise
@@ -170,6 +170,9 @@ class Race:
 
     def expert(self, rng: np.random.Generator) -> Expert:
         return Driver(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("Box2D has no copies")  # gymnasium would build a new race in its place
 
     def close(self) -> None:
         self.env.close()
@@ -359,10 +362,7 @@ class Control(PixelEnv):
         return self.simulator.picture()
 
     def _advance(self, action: Any) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool]:
-        parts, sim = from_env(action, self.parts), self.simulator
-        for part in self.parts:
-            if part.kind == "continuous":
-                parts[part.name] = np.clip(parts[part.name], -1.0, 1.0)
+        parts, sim = clipped(from_env(action, self.parts), self.parts), self.simulator
         total, terminated = 0.0, False
         for i in range(sim.repeat):
             reward, terminated, self._success = sim.step(parts, i == sim.repeat - 1)

@@ -89,6 +89,10 @@ class CrafterEnv(PixelEnv):
     def _succeeded(self, ended: bool) -> bool:
         return "collect_diamond" in self.game._unlocked
 
+    def reseed(self, seed: int) -> None:
+        """The world draws from a generator of its own; reseeded in place, for every creature holds it too."""
+        self.game._world.random.seed(seed)
+
     def random_action(self, rng: np.random.Generator) -> int:
         """One of the 17, with the shares of `RANDOM`."""
         return draw(RANDOM, rng)

@@ -39,11 +39,15 @@ def recording_config(
 ) -> Config:
     """The config to record an environment with. Only what a recording needs is in it.
 
+    A trained policy sees what it was trained on: where it was trained on this kind of environment, the view, the tiles
+    and the time limit are its run's.
+
     Args:
         size: (height, width) of frames; by default 64 x 64, or the size that a trained policy was trained at.
     """
     about = kinds.KINDS[kind]
     words, vocabulary = about.words, about.vocabulary
+    env = EnvConfig(kind=kind, levels=tuple(levels), max_steps=about.max_steps)  # type: ignore[arg-type]
     if policy not in SCRIPTS and is_run(policy):
         from dreamer4_jax.inference import read_config
 
@@ -52,13 +56,13 @@ def recording_config(
         if size and size != (t.height, t.width):
             raise UserError(f"--size {size[0]}x{size[1]}: {policy} was trained at {t.height}x{t.width}")
         size, words = (t.height, t.width), trained.agent.task_words
+        if trained.env.kind == kind:
+            env = dataclasses.replace(trained.env, levels=env.levels)
     height, width = size or (64, 64)
     values: dict[str, Any] = {
         "name": kind,
-        "env.kind": kind,
-        "env.levels": list(levels),
-        "env.max_steps": about.max_steps,
-        "actions": [to_dict(part) for part in about.actions(EnvConfig(kind=kind, levels=tuple(levels)))],  # type: ignore[arg-type]
+        "env": to_dict(env),
+        "actions": [to_dict(part) for part in about.actions(env)],
         "agent.task_words": words,
         "agent.task_vocab": vocabulary,
         "data.burst": about.burst,
@@ -94,6 +98,35 @@ def check_policy(config: Config, policy: str) -> None:
             f"--policy {policy}: it sees {have[0]} x {have[1]} pixels and {have[2]} task words, the recording has "
             f"{want[0]} x {want[1]} and {want[2]}"
         )
+    if trained.env.kind == config.env.kind:
+        for field in ("view", "tile"):
+            seen, shown = getattr(trained.env, field), getattr(config.env, field)
+            if seen != shown:
+                raise UserError(
+                    f"--policy {policy}: it was trained with env.{field} = {seen}, the recording has {shown}; give "
+                    f"env.{field}={seen}"
+                )
+
+
+def identify(run: str) -> dict[str, str]:
+    """Which trained policy a run has now, for a dataset's request: another one there later records other data."""
+    _leave_accelerators()
+    from dreamer4_jax.inference import load_world
+    from dreamer4_jax.training.checkpoint import checksum
+
+    world = load_world(run)
+    return {
+        "policy": str(Path(run).resolve()),
+        "phase": "agent" if world.actor is None else "imagination",
+        "weights": checksum((world.tokenizer, world.agent.dynamics, world.policy)),
+    }
+
+
+def _leave_accelerators() -> None:
+    """Processes cannot share an accelerator, and one of them alone would draw other actions than they."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def check_experts(config: Config) -> None:
@@ -108,10 +141,11 @@ def check_experts(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to make one shard: episodes first .. first + count - 1."""
+    """What a worker needs to make one shard: episodes first .. first + count - 1. `phase` is of a trained policy."""
 
     config: Config
     policy: str
+    phase: str | None
     seed: int
     first: int
     count: int
@@ -131,13 +165,10 @@ class _Player:
         self._envs: dict[str, gymnasium.Env] = {}
         self._trained: Any = None
         if job.policy not in SCRIPTS:
-            import jax
-
-            # Processes cannot share an accelerator, and one of them alone would draw other actions than they.
-            jax.config.update("jax_platforms", "cpu")
+            _leave_accelerators()
             from dreamer4_jax.inference import load_policy
 
-            self._trained = load_policy(job.policy, seed=_draw(job.seed, job.first, "policy"))
+            self._trained = load_policy(job.policy, phase=job.phase)
 
     def play(self, index: int, tally: Tally, limit: int | None = None) -> Episode:
         """Episode `index`, in the alignment of `data.schema`. Where the expert fails, another takes its place."""
@@ -152,7 +183,7 @@ class _Player:
             first = env.reset(seed=seed)
             meta = {"level": level, "policy": job.policy, "seed": seed, "mission": first[1]["mission"]}
             try:
-                act, labels = self._start(env, np.random.default_rng([job.seed, index, attempt]))
+                act, labels = self._start(env, index, attempt)
                 episode = record(env, act, first, c.actions, meta, limit)
             except ExpertFailure as error:
                 tally.dropped.append({**meta, "error": str(error)})
@@ -161,11 +192,13 @@ class _Player:
             return episode.validate(c.actions)
         raise UserError(f"--policy {job.policy}: the expert fails on level {level}, {ATTEMPTS} times in a row")
 
-    def _start(self, env: gymnasium.Env, rng: np.random.Generator) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    def _start(self, env: gymnasium.Env, index: int, attempt: int) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        job = self._job
         if self._trained is not None:
-            self._trained.reset()
+            self._trained.reset(seed=_draw(job.seed, index, "policy"))
             return self._trained.act, {}
-        script = Scripted(SCRIPTS[self._job.policy], self._job.config.data, env, rng)
+        rng = np.random.default_rng([job.seed, index, attempt])
+        script = Scripted(SCRIPTS[job.policy], job.config.data, env, rng)
         return script.act, script.labels
 
     def close(self) -> None:
@@ -187,7 +220,8 @@ def _stream(job: Job, player: _Player, tally: Tally) -> Iterator[Episode]:
         tally.add(episode)
         frames += len(episode)
         yield episode
-    extra = 2**32 + job.first  # a number that no counted episode has
+    # Numbers that no counted episode has, and no other shard: fewer than `chunk` fillers, of at least a frame each, do.
+    extra = 2**32 + job.first * chunk
     while frames % chunk:
         episode = player.play(extra, tally, limit=chunk - frames % chunk)
         episode.meta["filler"] = True
@@ -240,9 +274,10 @@ def collect_episodes(
     held = min(len(starts) - 1, max(1, round(d.holdout * len(starts))))
     splits = ["holdout" if i >= len(starts) - held else "train" for i in range(len(starts))]
     spec = DatasetSpec.of(config)
+    player = {"policy": policy} if policy in SCRIPTS else identify(policy)
     request = {
         "seed": seed,
-        "policy": policy,
+        **player,
         "episodes": episodes,
         "env": dataclasses.asdict(config.env),
         "data": {"burst": d.burst, "burst_length": d.burst_length, "holdout": d.holdout},
@@ -250,7 +285,8 @@ def collect_episodes(
     }
 
     def job(shard: int, path: str) -> Job:
-        return Job(config, policy, seed, starts[shard], min(each, episodes - starts[shard]), path)
+        count = min(each, episodes - starts[shard])
+        return Job(config, player["policy"], player.get("phase"), seed, starts[shard], count, path)
 
     return write_shards(
         directory, spec, request, splits, job, make_shard, workers=workers, progress=progress, unit="episodes"

@@ -116,7 +116,8 @@ def make(env_cfg: EnvConfig, level: str, *, height: int, width: int, words: int)
     ``info["mission"]`` of `reset` is the task in words, ``info["events"]`` names what a step brought about. The last
     step of an episode has ``info["success"]`` where the environment says what success is. The environment's own method
     `random_action(rng)` draws an aimless action, and `expert(rng)`, where there is one, makes an `Expert` for the
-    episode that begins.
+    episode that begins. Where chance is not drawn from ``env.unwrapped.np_random``, a method `reseed(seed)` gives what
+    is drawn from another seed (`evaluation.simulator.clone`).
     """
     if env_cfg.kind == "none":
         raise UserError("env.kind = 'none': there is recorded data and no environment to play in")

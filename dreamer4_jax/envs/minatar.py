@@ -74,6 +74,10 @@ class MinAtarEnv(PixelEnv):
         image[:side, :side] = self._colours[last].repeat(self._cell, 0).repeat(self._cell, 1)
         return image
 
+    def reseed(self, seed: int) -> None:
+        """The game draws from a generator of its own, not from `np_random`."""
+        self._game.seed(seed)
+
     def random_action(self, rng: np.random.Generator) -> int:
         """Any of the six."""
         return int(rng.integers(ACTIONS))

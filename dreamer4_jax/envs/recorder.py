@@ -10,20 +10,42 @@ import numpy as np
 
 from dreamer4_jax.data.schema import DataError
 
+# A grid of symbols is uint8 as a picture is (MiniGrid's view: 7 x 7 x 3). Its values are promised to end below this, or
+# it has fewer cells a side than a picture has pixels.
+LEAST_WHITE, LEAST_SIDE = 128, 16
+
 
 def image_of(env: gymnasium.Env, observation: Any) -> np.ndarray:
     """The picture of a step: the observation itself, an image in it, or what the environment renders."""
+    space: Any = env.observation_space
     if isinstance(observation, dict):
-        observation = next((observation[k] for k in ("image", "pixels", "rgb", "pov") if k in observation), None)
-    if isinstance(observation, np.ndarray) and observation.dtype == np.uint8 and observation.ndim in (2, 3):
+        key = next((k for k in ("image", "pixels", "rgb", "pov") if k in observation), None)
+        observation = None if key is None else observation[key]
+        space = None if key is None else space[key]
+    shaped = isinstance(observation, np.ndarray) and observation.dtype == np.uint8 and observation.ndim in (2, 3)
+    if shaped and not _symbolic(space, observation.shape):
         return observation
-    picture = env.render()
-    if not isinstance(picture, np.ndarray):
+    try:
+        picture = env.render()
+    except NotImplementedError:  # as environments without pictures answer
+        picture = None
+    if isinstance(picture, np.ndarray):
+        return picture
+    if shaped:
         raise DataError(
-            f"environment {env}: neither its observation nor render() is a picture: make it with "
-            'render_mode="rgb_array"'
+            f"environment {env}: its observation {[*observation.shape]} is a grid of symbols and no picture (a side "
+            f"under {LEAST_SIDE} pixels, or values that end below {LEAST_WHITE}): make it with "
+            'render_mode="rgb_array", or wrap it so that it observes pixels, as minigrid\'s RGBImgObsWrapper does'
         )
-    return picture
+    raise DataError(
+        f'environment {env}: neither its observation nor render() is a picture: make it with render_mode="rgb_array"'
+    )
+
+
+def _symbolic(space: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an array of bytes is no picture, by its space and its shape."""
+    low = isinstance(space, gymnasium.spaces.Box) and space.high.max() < LEAST_WHITE
+    return low or sorted(shape)[-2] < LEAST_SIDE  # the two longest are the sides: channels may come first or last
 
 
 def flatten(space: gymnasium.Space, action: Any, name: str = "action") -> dict[str, np.ndarray]:
@@ -88,8 +110,7 @@ class RecordEpisodes(gymnasium.Wrapper):
         first = {name: np.zeros_like(value) for name, value in self._actions[0].items()}
         columns = {name: np.stack([a[name] for a in [first, *self._actions]]) for name in first}
         present = np.arange(len(self._frames)) > 0
-        path = self.directory / f"episode-{len(list(self.directory.glob('episode-*.npz'))):06d}.npz"
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.npz")
+        draft = self.directory / f".episode.{uuid.uuid4().hex}.npz"
         arrays: dict[str, Any] = {
             "frames": np.stack(self._frames),
             "reward": np.asarray([0.0, *self._rewards], np.float32),
@@ -99,6 +120,19 @@ class RecordEpisodes(gymnasium.Wrapper):
         arrays |= {f"actions/{name}": value for name, value in columns.items()}
         arrays |= {f"present/{name}": present for name in columns}
         np.savez_compressed(draft, **arrays)
+        path = self._claim()
         os.replace(draft, path)
         self._frames, self._actions, self._rewards, self._terminal = [], [], [], False
         return path
+
+    def _claim(self) -> Path:
+        """The name behind the last episode's, held by an empty file: other processes record into the same folder."""
+        while True:
+            numbers = [p.stem.removeprefix("episode-") for p in self.directory.glob("episode-*.npz")]
+            after = max((int(n) for n in numbers if n.isdecimal()), default=-1) + 1
+            path = self.directory / f"episode-{after:06d}.npz"
+            try:
+                path.open("x").close()
+            except FileExistsError:  # another process was faster
+                continue
+            return path

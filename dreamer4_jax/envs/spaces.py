@@ -57,6 +57,11 @@ def from_env(action: Any, components: Sequence[ActionComponent]) -> dict[str, np
     return out
 
 
+def clipped(action: Mapping[str, np.ndarray], components: Sequence[ActionComponent]) -> dict[str, np.ndarray]:
+    """An action by component, its continuous values in [-1, 1]: a trained policy draws beyond."""
+    return {p.name: np.clip(action[p.name], -1, 1) if p.kind == "continuous" else action[p.name] for p in components}
+
+
 def nothing(components: Sequence[ActionComponent], batch: int) -> dict[str, np.ndarray]:
     """Zeros for `batch` actions: class 0, keys released, continuous values in the middle."""
     return {part.name: action_array(part, batch) for part in components}

@@ -159,17 +159,23 @@ def bootstrap_ci(
     seed: int = 0,
     *,
     strata: Any = None,
+    units: Any = None,
 ) -> Interval:
     """Mean of `values` with its percentile bootstrap interval.
 
     Args:
-        values: [n], independent units (episodes, clips, run seeds); booleans count as 0 and 1.
+        values: [n], independent of each other (episodes, run seeds), or by `units`; booleans count as 0 and 1.
         level: coverage aimed at.
         resamples: bootstrap samples.
         seed: of the resampling; the same arguments give the same interval.
         strata: [n] labels (e.g. the level of each episode); resampling then stays inside each label.
+        units: [n] labels (e.g. the episode of each clip), instead: what has one label is drawn together.
     """
     x = np.asarray(values, np.float64)
+    if units is not None:
+        found = bootstrap_ratio_ci(x, np.ones(x.shape), level, resamples, seed, units=units)
+        assert found is not None
+        return found
     groups = _check_bootstrap(x, strata, level, resamples)
     means = np.concatenate([x[i].mean(axis=1) for i in _indices(len(x), groups, resamples, seed)])
     return Interval(float(x.mean()), *_percentiles(means, level))
@@ -183,12 +189,13 @@ def bootstrap_difference_ci(
     seed: int = 0,
     *,
     strata: Any = None,
+    units: Any = None,
 ) -> Interval:
     """Paired: the mean of ``first - second`` with its interval. Entry i of both must be the same episode or clip."""
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if a.shape != b.shape:
         raise UserError(f"paired bootstrap of shapes {a.shape} and {b.shape}: expected the same units in both")
-    return bootstrap_ci(a - b, level, resamples, seed, strata=strata)
+    return bootstrap_ci(a - b, level, resamples, seed, strata=strata, units=units)
 
 
 def bootstrap_ratio_ci(
@@ -197,17 +204,24 @@ def bootstrap_ratio_ci(
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
+    *,
+    units: Any = None,
 ) -> Interval | None:
     """``sum(numerator) / sum(denominator)`` with the interval over units; None if the denominator is all zero.
 
     For accuracies whose number of cases differs between clips: right tiles and counted tiles of each clip. Resamples
-    that hold no case at all are left out.
+    that hold no case at all are left out. `units` as in `bootstrap_ci`.
     """
     a, b = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     _check_bootstrap(a, b, level, resamples)
     _check_bootstrap(b, None, level, resamples)
     if not b.any():
         return None
+    if units is not None:
+        _check_bootstrap(a, units, level, resamples)
+        _, first, place = np.unique(np.asarray(units), return_index=True, return_inverse=True)
+        place = np.argsort(np.argsort(first))[place]  # in the order in which they come
+        a, b = (np.bincount(place, x).astype(np.float64) for x in (a, b))
     tops, bottoms = [], []
     for i in _indices(len(a), None, resamples, seed):
         tops.append(a[i].sum(axis=1))

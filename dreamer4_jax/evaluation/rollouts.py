@@ -37,6 +37,7 @@ class HeldOut:
     present: dict[str, np.ndarray]
     context: int
     decoder: Decoder | None  # None: no symbols are known, pictures alone are compared
+    episodes: np.ndarray | None = None  # [n], a label of the episode that each is of
 
     @classmethod
     def sample(cls, config: Config, frames: Dataset, tokens: Dataset, *, seed: int) -> "HeldOut":
@@ -57,6 +58,8 @@ class HeldOut:
         raw = [frames.window("holdout", int(s), length) for s in chosen]
         coded = [tokens.window("holdout", int(s), length) for s in chosen]
         names = [part.name for part in config.actions]
+        listed = frames.episodes("holdout")
+        of = np.searchsorted([x.start for x in listed], chosen, side="right") - 1
         return cls(
             frames=np.stack([w["frames"] for w in raw]),
             latents=np.stack([w["latents"] for w in coded]).astype(np.float32),
@@ -64,13 +67,14 @@ class HeldOut:
             present={n: np.stack([w[f"present/{n}"] for w in raw]) for n in names},
             context=e.context,
             decoder=decoder(config),
+            episodes=np.asarray([listed[i].key for i in of]),
         )
 
     def score(self, imagined: Float[np.ndarray, "n T H W 3"]) -> ClipScores:
         """Scores the frames after the context."""
         video = to_uint8(imagined)
         if self.decoder is None:
-            return score_clips(self.frames[:, self.context :], video)
+            return score_clips(self.frames[:, self.context :], video, episodes=self.episodes)
         symbols = self.decoder.decode(self.frames)
         return score_clips(
             self.frames[:, self.context :],
@@ -78,6 +82,7 @@ class HeldOut:
             real_symbols=symbols[:, self.context :],
             imagined_symbols=self.decoder.decode(video),
             last_symbols=symbols[:, self.context - 1],
+            episodes=self.episodes,
         )
 
     def unlabelled(self) -> "HeldOut":
@@ -90,7 +95,7 @@ class HeldOut:
         order = np.empty_like(roll)
         order[np.roll(roll, -1)] = roll  # one cycle through all clips: none keeps its own
         actions = {n: a[order] for n, a in self.actions.items()}
-        return HeldOut(self.frames, self.latents, actions, self.present, self.context, self.decoder)
+        return replace(self, actions=actions)
 
     @property
     def labelled(self) -> bool:
@@ -161,18 +166,17 @@ def reconstruction(
     tokenizer: Tokenizer, held: HeldOut, networks: Mapping[str, Distance] = MappingProxyType({}), *, shown: int = 6
 ) -> dict[str, Any]:
     """PSNR, SSIM and, where there are any, symbol accuracy of the held-out frames decoded from their tokens, with 95 %
-    intervals over clips; under "perceptual" the distances in `networks`, by their names, of a part of the frames."""
+    intervals over episodes; under "perceptual" the distances in `networks`, by their names, of a part of the frames."""
     video = to_uint8(_decode(tokenizer, held.latents))
     scores = {"psnr": np.minimum(psnr(held.frames, video), PSNR_CAP), "ssim": ssim(held.frames, video)}
     if held.decoder is not None:
         symbols = held.decoder.decode(video) == held.decoder.decode(held.frames)
         scores["symbol_accuracy"] = symbols.mean((-2, -1))
     pick = np.linspace(0, len(video) - 1, shown).astype(int)
-    intervals = {name: bootstrap_ci(np.asarray(v).mean(1))._asdict() for name, v in scores.items()}
+    over = lambda values: bootstrap_ci(values, units=held.episodes)._asdict()
+    intervals = {name: over(np.asarray(v).mean(1)) for name, v in scores.items()}
     if networks:
-        intervals["perceptual"] = {
-            n: bootstrap_ci(v)._asdict() for n, v in distances(networks, held.frames, video).items()
-        }
+        intervals["perceptual"] = {n: over(v) for n, v in distances(networks, held.frames, video).items()}
     return {
         **intervals,
         "frames": int(np.prod(video.shape[:2])),

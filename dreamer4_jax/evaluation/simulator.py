@@ -15,6 +15,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array
 
 from dreamer4_jax.config import UserError
+from dreamer4_jax.envs.kinds import KINDS
 from dreamer4_jax.envs.spaces import to_env
 from dreamer4_jax.world.oracle import OracleState, Transition, TransitionOracle, one_frame
 from dreamer4_jax.world.shortcut import observe
@@ -85,8 +86,22 @@ class EnvCopies:
 
 
 def clone(env: gymnasium.Env, seed: int) -> gymnasium.Env:
-    """An independent copy of an environment in its present state, with a generator of its own."""
+    """An independent copy of an environment in its present state, with a generator of its own.
+
+    Raises:
+      UserError: it cannot be copied, as those that are simulated in C.
+    """
     shared = [getattr(env, name) for name in getattr(env, "shared", ())]
-    other = copy.deepcopy(env, {id(part): part for part in shared})
+    try:
+        other = copy.deepcopy(env, {id(part): part for part in shared})
+    except TypeError as error:
+        level = getattr(env, "level", "")
+        kind = next((k.name for k in KINDS.values() if level.startswith(k.prefixes)), type(env).__name__)
+        raise UserError(
+            f"{kind} {level}".rstrip()
+            + f": cannot be copied in the middle of an episode ({error}); search in the world model instead"
+        ) from error
     other.unwrapped.np_random = np.random.default_rng(seed)
+    if other.has_wrapper_attr("reseed"):
+        other.get_wrapper_attr("reseed")(seed)
     return other

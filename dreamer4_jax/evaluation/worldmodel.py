@@ -1,7 +1,8 @@
 """Scores of imagined video against real video. Arrays in, numbers out: no model and no decoder is known here.
 
 A clip is n real frames after a context, and the frames imagined from the same context with the same (or, as a
-control, shuffled) actions. Intervals resample clips, since the frames of one clip are not independent.
+control, shuffled) actions. Intervals resample clips, since the frames of one clip are not independent; and where it is
+known of which episode each clip is, episodes, since clips of one episode may overlap.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ class ClipScores:
     ssim: np.ndarray
     symbols: SymbolCounts | None
     valid: np.ndarray
+    episodes: np.ndarray | None = None  # [n] labels
 
     @property
     def clips(self) -> int:
@@ -70,8 +72,8 @@ class ClipScores:
     def _interval(self, frames: slice, level: float, seed: int) -> dict[str, Any]:
         out: dict[str, Any] = {"scored_frames": int(self.valid[:, frames].sum())}
         for name, (top, bottom) in self.parts().items():
-            found = bootstrap_ratio_ci(top[:, frames].sum(1), bottom[:, frames].sum(1), level, seed=seed)
-            out[name] = as_dict(found)
+            right, of = top[:, frames].sum(1), bottom[:, frames].sum(1)
+            out[name] = as_dict(bootstrap_ratio_ci(right, of, level, seed=seed, units=self.episodes))
         if self.symbols is not None:
             out["changed_tiles"] = int((self.symbols.changed * self.valid)[:, frames].sum())
         return out
@@ -90,6 +92,7 @@ def score_clips(
     imagined_symbols: Int[np.ndarray, "n T rows columns"] | None = None,
     last_symbols: Int[np.ndarray, "n rows columns"] | None = None,
     valid: Bool[np.ndarray, "n T"] | None = None,
+    episodes: np.ndarray | None = None,
 ) -> ClipScores:
     """Scores every imagined frame.
 
@@ -97,6 +100,7 @@ def score_clips(
         real, imagined: uint8, or floating in [0, 1]. Context frames are not part of them.
         real_symbols, imagined_symbols, last_symbols: decoded tiles of both and of the last context frame; all or none.
         valid: frames to count. Leave out frames after the end of the context's episode: nobody can foresee the next.
+        episodes: [n], the episode of each clip, by any label.
     """
     a, b = np.asarray(real), np.asarray(imagined)
     if a.shape != b.shape or a.ndim != 5:
@@ -114,7 +118,7 @@ def score_clips(
         if np.shape(real_symbols)[:2] != a.shape[:2]:
             raise UserError(f"real_symbols of shape {np.shape(real_symbols)}: expected {a.shape[:2]} in front")
         counts = symbol_counts(real_symbols, imagined_symbols, last_symbols)
-    return ClipScores(psnr=np.minimum(psnr(a, b), PSNR_CAP), ssim=ssim(a, b), symbols=counts, valid=keep)
+    return ClipScores(np.minimum(psnr(a, b), PSNR_CAP), ssim(a, b), counts, keep, episodes)
 
 
 def evaluate_clips(
@@ -175,13 +179,16 @@ def step_table(
         top, bottom = (part.sum(axis=1) for part in s.parts()[key])
         return top[bottom > 0] / bottom[bottom > 0]
 
+    counted = reference.parts()[key][1].sum(axis=1) > 0
+    units = None if reference.episodes is None else reference.episodes[counted]
+
     rows = []
     for steps in sorted(scores):
         s = scores[steps]
         if s.valid.shape != reference.valid.shape or (s.valid != reference.valid).any():
             raise UserError(f"step_table: K = {steps} was scored on other frames than K = {max(scores)}")
         average = s.summary((), level=level, seed=seed)["average"]
-        difference = bootstrap_difference_ci(per_clip(s), per_clip(reference), level, seed=seed)
+        difference = bootstrap_difference_ci(per_clip(s), per_clip(reference), level, seed=seed, units=units)
         rows.append(
             {
                 "steps": int(steps),

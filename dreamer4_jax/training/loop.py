@@ -29,6 +29,7 @@ from dreamer4_jax.training.checkpoint import (
     load_model,
     save_model,
 )
+from dreamer4_jax.training.exclusive import exclusive
 from dreamer4_jax.training.interruption import Interrupted, Stop
 from dreamer4_jax.training.metrics import EVAL, TIME, Ledger, MetricsWriter, NoWriter, ProgressBar, write_atomic
 from dreamer4_jax.training.optim import make_optimizer
@@ -79,9 +80,14 @@ def _open_run(run_dir: str | Path, config: Config, resume: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: is a file; choose another path")
     recorded = path / "config.json"
-    if not path.is_dir() or all(entry.name == "logs" for entry in path.iterdir()):
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(recorded, text)
+    # Of a process that was killed at this place, a draft may be left.
+    draft = recorded.name + ".part"
+    if not path.is_dir() or all(entry.name in ("logs", draft) for entry in path.iterdir()):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(recorded, text)
+        except OSError as error:
+            raise UserError(f"run directory {path}: cannot be written ({error.strerror}); choose another") from error
         return path
     if not recorded.exists():
         raise UserError(f"run directory {path}: not empty, and no run (no config.json); choose another path")
@@ -246,6 +252,7 @@ def run_phase(
       Interrupted: after SIGTERM or Ctrl-C, everything saved.
       DivergenceError: NaN or infinity; the last good checkpoint is named and intact.
       CheckpointError: a checkpoint is damaged or of another config, or there is one and `resume` is False.
+      UserError: another process trains in the directory, or the disk is full.
     """
     run_dir = Path(run_dir)
     _check(phase.config, f"train.{phase.name}")
@@ -253,22 +260,24 @@ def run_phase(
         mesh = make_mesh(devices=jax.devices() if jax.process_count() > 1 else jax.local_devices()[:1])
     for rows in phase.config.rows:
         check_rows(rows, mesh, f"train.{phase.name}: rows of a batch")
-    run = _Run(phase, config, run_dir, seed, mesh, rules or Rules())
-    at = run.checkpoints.latest_step()
     exported = model_path(run_dir, phase.name)
     with Checkpointer(exported, read_only=True) as reader:
         finished = reader.latest_step() is not None
-    if (finished or at is not None) and not resume:
-        raise CheckpointError(f"{exported.parent} holds checkpoints already; add --resume to go on with them")
-    if finished:
-        ema, meta = load_model(exported, jax.eval_shape(phase.init, run.init_key), config=run.config)
-        return PhaseResult(ema, meta["step"], run.ledger.total, True, meta["evaluation"])
-    last = min(phase.config.steps, stop_after if stop_after is not None else phase.config.steps)
-    try:
-        with Stop() as stop, run.checkpoints:
-            return _train(run, at, last, stop, progress)
-    finally:
-        run.save_ledger()
+    # What is finished may be read by many.
+    with exclusive(run_dir) if processes.is_main() and not finished else nullcontext():
+        run = _Run(phase, config, run_dir, seed, mesh, rules or Rules())
+        at = run.checkpoints.latest_step()
+        if (finished or at is not None) and not resume:
+            raise CheckpointError(f"{exported.parent} holds checkpoints already; add --resume to go on with them")
+        if finished:
+            ema, meta = load_model(exported, jax.eval_shape(phase.init, run.init_key), config=run.config)
+            return PhaseResult(ema, meta["step"], run.ledger.total, True, meta["evaluation"])
+        last = min(phase.config.steps, stop_after if stop_after is not None else phase.config.steps)
+        try:
+            with Stop() as stop, run.checkpoints:
+                return _train(run, at, last, stop, progress)
+        finally:
+            run.save_ledger()
 
 
 def _train(run: _Run, at: int | None, last: int, stop: Stop, progress: bool) -> PhaseResult:

@@ -12,7 +12,11 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from dreamer4_jax.config import UserError
 
 TIME, EVAL = "time/", "eval/"  # prefixes of metrics that depend on the machine, and of a finished phase's scores
 
@@ -36,8 +40,45 @@ def _plain(value: Any) -> float | None:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with _reading(path):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names a file that is not what was written."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); restore it, or remove it: its numbers alone are lost") from error
+
+
+class _Events:
+    """TensorBoard's event file of a phase, written by who calls.
+
+    tensorboardX's `SummaryWriter` writes in a thread. On a full disk that thread dies, and the training waits for it.
+    """
+
+    FLUSH_S = 30.0  # between two flushes, which wait for the disk
+
+    def __init__(self, directory: Path, start: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(directory / "events")), -math.inf
+        # TensorBoard forgets what it was shown of later steps.
+        self._add(start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._add(step, summary=Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()]))
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
+        if time.monotonic() - self._flushed > self.FLUSH_S:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class MetricsWriter:
@@ -62,7 +103,7 @@ class MetricsWriter:
         if path.exists():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(run_dir / "tb" / phase), purge_step=start + 1)
+        self._events = _Events(run_dir / "tb" / phase, start)
 
     def _stale(self, line: dict[str, Any], start: int) -> bool:
         # An unfinished phase has no valid scores: a line of them was written by a process that died just afterwards.
@@ -73,9 +114,7 @@ class MetricsWriter:
         plain = {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"phase": self.phase, "step": step, **plain}) + "\n")
         self._file.flush()
-        for name, value in plain.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+        self._events.write(step, {name: value for name, value in plain.items() if value is not None})
 
     def close(self) -> None:
         self._file.close()
@@ -143,7 +182,8 @@ class Ledger:
 def read_ledger(run_dir: str | Path) -> dict[str, dict[str, float]]:
     """{phase: {activity: seconds}} of a run."""
     path = Path(run_dir) / "ledger.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    with _reading(path):
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 class ProgressBar:

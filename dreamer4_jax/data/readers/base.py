@@ -116,12 +116,19 @@ class Reader(abc.ABC):
     """A source that was opened. Pickle the arguments, not the reader: workers open it anew."""
 
     format: ClassVar[str]
+    decided: ClassVar[bool] = False  # the format itself says what its actions are, and which frame each belongs to
     tasks: tuple[str, ...] = ()  # texts or names; an episode's task is the index plus one, 0 is none
     fps: float | None = None
     space: ActionSpace
 
     def __init__(self, source: str, options: Options, space: ActionSpace | None = None):
         self.source, self.path, self.options = source, Path(source), options
+        for name in ("actions", "alignment"):
+            if self.decided and getattr(options, name):
+                raise DataError(
+                    f"--{name} is not for {source}: {self.format} itself says what its actions are, and which frame "
+                    "each belongs to: leave it out"
+                )
 
     @classmethod
     @abc.abstractmethod
@@ -149,6 +156,8 @@ def reading(name: str | os.PathLike[str]) -> Iterator[None]:
     except MemoryError:
         raise
     except DataError as error:
+        if str(error).startswith(f"{name}: "):  # by a part of it that is also read alone
+            raise
         raise DataError(f"{name}: {error}") from error
     except Exception as error:
         text = str(error).splitlines()[0][:200] if str(error) else ""
@@ -168,6 +177,22 @@ def stack(frames: Iterator[np.ndarray]) -> UInt8[np.ndarray, "T H W 3"]:
     if not out:
         raise DataError("has no frames")
     return np.stack(out)
+
+
+def check_picture(values: np.ndarray, high: float) -> None:
+    """Refuses codes that are stored like pictures, such as MiniGrid's 7 x 7 x 3 kinds, colours and states.
+
+    Args:
+        values: uint8 [..., H, W, C], all that is known of it.
+        high: what its space says that it can be at most.
+    """
+    side, most = min(values.shape[-3:-1]), int(values.max(initial=0))
+    # Grids are small and have few codes. A picture of less than 32 pixels may still be one, if it is not all but black.
+    if high < 128 or side < 16 or (side < 32 and most < 16):
+        raise DataError(
+            f"its observations are {values.shape[-3]} x {values.shape[-2]}, up to {most} of at most {high:g}: codes, "
+            "not a picture: record pictures, by a wrapper such as minigrid's RGBImgObsWrapper or what render() returns"
+        )
 
 
 def shifted(values: np.ndarray, frames: int, alignment: str, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,7 @@ def space_of(space: Any) -> ActionSpace:
 
 class GymnasiumReader(Reader):
     format = "gymnasium"
+    decided = True
 
     def __init__(self, source: str, options: Options, space: ActionSpace | None = None):
         super().__init__(source, options, space)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dreamer4_jax.data.readers import frames
-from dreamer4_jax.data.readers.actions import ActionSpace, component_name, infer
+from dreamer4_jax.data.readers.actions import ActionSpace, component_names, infer
 from dreamer4_jax.data.readers.base import Entry, Options, Part, Reader, assemble, readable, reading, stack
 from dreamer4_jax.data.schema import DataError, Episode
 
@@ -48,7 +48,8 @@ class LeRobotReader(Reader):
             raise DataError(f"--camera {options.camera!r}: choose one of {', '.join(cameras)}")
         self._video = features[self.camera]["dtype"] == "video"
         self._size = features[self.camera].get("shape")
-        self._columns = {n: component_name(n.replace("action.", "")) for n in features if n.split(".")[0] == "action"}
+        actions = [n for n in features if n.split(".")[0] == "action"]
+        self._columns = dict(zip(actions, component_names(n.replace("action.", "") for n in actions), strict=True))
         self._has = [n for n in ("next.reward", "next.done", "task_index") if n in features]
         with reading(f"{source}/meta"):
             self._tasks = self._read_tasks()
@@ -140,9 +141,7 @@ class LeRobotReader(Reader):
             )
             begin = float(row[f"{at}/from_timestamp"])
         assert self.fps is not None
-        yield from frames.span(
-            self.path / name, part.fit, begin + part.start / self.fps, stop - part.start, 0.5 / self.fps
-        )
+        yield from frames.span(self.path / name, part.fit, begin + part.start / self.fps, stop - part.start, self.fps)
 
     def read(self, key: str, part: Part) -> Episode:
         with reading(f"episode {key}"):

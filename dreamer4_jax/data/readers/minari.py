@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dreamer4_jax.data.readers.actions import ActionSpace, component_name
-from dreamer4_jax.data.readers.base import Entry, Options, Part, Reader, assemble, reading, stack
+from dreamer4_jax.data.readers.base import Entry, Options, Part, Reader, assemble, check_picture, reading, stack
 from dreamer4_jax.data.readers.frames import needs
 from dreamer4_jax.data.readers.gymnasium import space_of
 from dreamer4_jax.data.schema import DataError, Episode
@@ -45,6 +45,7 @@ def _columns(space: Any, actions: Any, name: str = "action") -> dict[str, np.nda
 
 class MinariReader(Reader):
     format = "minari"
+    decided = True
 
     def __init__(self, source: str, options: Options, space: ActionSpace | None = None):
         super().__init__(source, options, space)
@@ -82,15 +83,17 @@ class MinariReader(Reader):
         return [Entry(str(i), 0) for i in range(self._total)]
 
     def _images(self, observations: Any) -> np.ndarray:
+        space = self._data.observation_space
         if isinstance(observations, dict):
             wanted = [self.options.camera] if self.options.camera else list(IMAGES)
             name = next((n for n in wanted if n in observations), None)
             if name is None:
                 raise DataError(f"no picture among its observations {', '.join(observations)}: name one with --camera")
-            observations = observations[name]
+            observations, space = observations[name], space[name]
         values = np.asarray(observations)
         if values.dtype != np.uint8 or values.ndim != 4:
             raise DataError(f"its observations are {values.dtype} {[*values.shape]}, no pictures")
+        check_picture(values, float(np.max(space.high)))
         return values
 
     def read(self, key: str, part: Part) -> Episode:

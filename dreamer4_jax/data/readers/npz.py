@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer4_jax.data.readers.actions import ActionSpace, component_name, infer
+from dreamer4_jax.data.readers.actions import ActionSpace, component_names, infer
 from dreamer4_jax.data.readers.base import Entry, Options, Part, Reader, assemble, files, readable, reading, stack
 from dreamer4_jax.data.schema import DataError, Episode
 
@@ -32,19 +32,15 @@ def _frames_key(names: list[str]) -> str:
 
 def _columns(file: Any) -> dict[str, np.ndarray]:
     """Action columns, masked where ``present/NAME`` says that there is none."""
+    parts = [(key, *key.replace(".", "/").partition("/")) for key in file.files]
+    leaves = {key: leaf or "action" for key, head, _, leaf in parts if head in ("action", "actions")}
     out: dict[str, np.ndarray] = {}
-    for key in file.files:
-        head, _, leaf = key.replace(".", "/").partition("/")
-        if head in ("action", "actions"):
-            name = component_name(leaf or "action")
-            values = np.asarray(file[key])
-            presence = f"present/{leaf or 'action'}"
-            if presence in file.files:
-                absent = ~np.asarray(file[presence], bool)
-                absent = absent.reshape(-1, *(1,) * (values.ndim - 1))
-                out[name] = np.ma.masked_array(values, np.broadcast_to(absent, values.shape))
-            else:
-                out[name] = values
+    for (key, leaf), name in zip(leaves.items(), component_names(leaves.values()), strict=True):
+        out[name] = values = np.asarray(file[key])
+        if (presence := f"present/{leaf}") in file.files:
+            absent = ~np.asarray(file[presence], bool)
+            absent = absent.reshape(-1, *(1,) * (values.ndim - 1))
+            out[name] = np.ma.masked_array(values, np.broadcast_to(absent, values.shape))
     return out
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dreamer4_jax.data.readers import frames
-from dreamer4_jax.data.readers.actions import ActionSpace, component_name, infer
+from dreamer4_jax.data.readers.actions import ActionSpace, component_names, infer
 from dreamer4_jax.data.readers.base import Entry, Options, Part, Reader, assemble, readable, reading, stack
 from dreamer4_jax.data.schema import DataError, Episode
 
@@ -86,7 +86,8 @@ class RldsReader(Reader):
                 f"{', '.join(c.removeprefix('observation/') for c in cameras) or '(none)'}"
             )
         self.camera = wanted
-        self._columns = {n: component_name(n.removeprefix("action/")) for n in self._features if _is_action(n)}
+        actions = [n for n in self._features if _is_action(n)]
+        self._columns = dict(zip(actions, component_names(n.removeprefix("action/") for n in actions), strict=True))
         self._text = next((n for t in TEXTS for n in self._features if n.rsplit("/", 1)[-1] == t), None)
         found = readable(self._places, self._scan)
         tables = list(found) if space is None or self._text else []

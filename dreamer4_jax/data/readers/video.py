@@ -24,8 +24,10 @@ class VideoReader(Reader):
         if not self._files:
             raise DataError(f"{source}: holds no videos ({', '.join(frames.VIDEO)})")
         frames.needs("av", "reading video")
-        self._heads = {key: next(readable([key], self._header), (0, None)) for key in self._files}
-        rates = sorted({round(rate, 3) for _, rate in self._heads.values() if rate})
+        self._alignment = options.alignment or "taken"
+        self._beside = labels.find(self._files.values())
+        self._counts: dict[tuple[str, bool], int] = {}
+        rates = sorted({round(rate, 3) for rate in readable(self._files, self._rate) if rate})
         self.fps = rates[0] if len(rates) == 1 else None
         tables = list(readable(self._files, self._labels))
         self.tasks = tuple(sorted({t for table in tables if table for t in table.tasks if t}))
@@ -35,16 +37,40 @@ class VideoReader(Reader):
     def claims(cls, source: str) -> bool:
         return bool(files(Path(source), frames.VIDEO))
 
-    def _header(self, key: str) -> tuple[int, float | None]:
+    def _rate(self, key: str) -> float | None:
         with reading(key):
-            return frames.header(self._files[key])
+            return frames.rate(self._files[key])
+
+    def _count(self, key: str, *, exact: bool = False) -> int:
+        """Frames of a video as its container says, or as they are decoded, which may be a few less."""
+        if (key, exact) not in self._counts:
+            with reading(key):
+                path = self._files[key]
+                count = sum(1 for _ in frames.decode(path, lambda x: x)) if exact else frames.count(path)
+            self._counts[key, exact] = count
+        return self._counts[key, exact]
 
     def _labels(self, key: str) -> labels.Labels | None:
-        path = labels.find(self._files[key])
-        return None if path is None else labels.read(path)
+        found = self._beside.get(self._files[key].with_suffix(""), [])
+        if len(found) > 1:
+            raise DataError(f"has several label files: {', '.join(p.name for p in found)}; keep one")
+        return labels.read(found[0]) if found else None
+
+    def _tasks(self, table: labels.Labels, total: int) -> np.ndarray | None:
+        """Ids [total, 1]: each frame's is that of its row, but one that is rewarded has the task that earned it."""
+        if not table.tasks:
+            return None
+        ids = np.concatenate([self.task(t) for t in table.tasks])
+        if len(ids) not in (total, total - 1):
+            raise DataError(f"{table.file} has {len(ids)} rows for {total} frames")
+        out = np.concatenate([ids, ids[-1:]])[:total]
+        if table.reward is not None and (len(ids) < total or self._alignment == "taken"):
+            (earned,) = np.nonzero(table.reward[: total - 1])
+            out[earned + 1] = ids[earned]
+        return out[:, None]
 
     def entries(self) -> list[Entry]:
-        return [Entry(key, self._heads[key][0]) for key in self._files]
+        return [Entry(key, next(readable([key], self._count), 0)) for key in self._files]
 
     def read(self, key: str, part: Part) -> Episode:
         with reading(key):
@@ -56,24 +82,22 @@ class VideoReader(Reader):
                 return part.fit(frame)
 
             pictures = stack(frames.decode(self._files[key], note, part.start, part.stop))
-            whole = part.start == 0 and part.stop is None
-            total = len(pictures) if whole else max(self._heads[key][0], part.start + len(pictures))
-            task = None
-            if table and table.tasks:
-                ids = np.concatenate([self.task(t) for t in table.tasks])
-                if len(ids) not in (total, total - 1):
-                    raise DataError(f"{table.file} has {len(ids)} rows for {total} frames")
-                task = np.concatenate([ids, ids[-1:]])[:total, None]
+            total = part.start + len(pictures)
+            if part.stop is not None:
+                total = max(total, self._count(key))
+                if table and table.rows != total:
+                    # Rows between the frames, or frames that the decoder leaves out? A shift by one hangs on it.
+                    total = self._count(key, exact=True)
             return assemble(
                 pictures,
                 self.space,
                 table.columns if table else {},
-                alignment=self.options.alignment or "taken",
+                alignment=self._alignment,
                 total=total,
                 part=part,
                 rewards=table.reward if table else None,
                 is_terminal=table.is_terminal if table else False,
-                task=task,
+                task=self._tasks(table, total) if table else None,
                 meta={"source": key, "size": sizes},
             )
 

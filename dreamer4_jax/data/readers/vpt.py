@@ -130,6 +130,7 @@ def tasks_and_rewards(lines: list[dict[str, Any]], found: list[tuple[int, str]])
 class VptReader(Reader):
     format = "vpt"
     tasks = tuple(TASKS)
+    decided = True
     fps = 20.0
 
     def __init__(self, source: str, options: Options, space: ActionSpace | None = None):
@@ -156,7 +157,7 @@ class VptReader(Reader):
 
     def _frames(self, key: str) -> int:
         with reading(key):
-            return frames.header(self._files[key])[0]
+            return frames.count(self._files[key])
 
     def read(self, key: str, part: Part) -> Episode:
         from dreamer4_jax.agent.actions import mu_law_mouse  # it imports JAX: only where a mouse is encoded
