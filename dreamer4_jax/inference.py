@@ -137,13 +137,6 @@ def recording(run_dir: str | Path) -> Path:
     return Path(json.loads(note.read_text())["directory"]) if note.exists() else Path(run_dir) / "data" / "frames"
 
 
-class _Reseeded(WorldModelPolicy):
-    """A policy whose draws can begin anew."""
-
-    def reseed(self, seed: int) -> None:
-        self._key, self._step = jax.random.key(seed), 0
-
-
 class LoadedPolicy:
     """A trained policy for any gymnasium loop. It remembers the episode in caches of fixed size, so that a decision
     costs the same at any age.
@@ -156,7 +149,7 @@ class LoadedPolicy:
     With the same seed it acts exactly as in the closed-loop evaluation.
     """
 
-    def __init__(self, config: Config, policy: _Reseeded):
+    def __init__(self, config: Config, policy: WorldModelPolicy):
         self.config = config
         self._policy = policy
         self._streams: int | None = None
@@ -234,4 +227,4 @@ def load_policy(
     """
     world = load_world(checkpoint, phase=phase)
     models = cast_once(world.tokenizer, dtype), cast_once(world.agent.dynamics, dtype), world.policy
-    return LoadedPolicy(world.config, _Reseeded(*models, seed=seed, greedy=greedy))
+    return LoadedPolicy(world.config, WorldModelPolicy(*models, seed=seed, greedy=greedy))

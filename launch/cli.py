@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dreamer4_jax.config import Config, ConfigError, parse_overrides
+from dreamer4_jax.config import Config, ConfigError
 from launch.spec import RunSpec
 
 BACKENDS = {
@@ -148,15 +148,7 @@ def _config(args: argparse.Namespace) -> Config:
         ConfigError: unknown experiment or field, a value that the config refuses, or two seeds.
     """
     from dreamer4_jax.cli import resolve
-    from dreamer4_jax.parallel.bucket import MOUNTS
 
-    overrides = parse_overrides(args.overrides)
-    for name in ("data.source", "data.also"):  # before `resolve`, which looks for them among the files of this machine
-        if "gs://" in overrides.get(name, ""):
-            raise ConfigError(
-                f"{name} = {overrides[name]}: data are read where the bucket is mounted, here as on the machines; write"
-                f" {MOUNTS}/ for gs://"
-            )
     config = resolve(args.experiment, args.size, args.seed or 0, args.overrides)
     if args.seed not in (None, config.seed):
         raise ConfigError(f"--seed {args.seed} and seed={config.seed}: give one of them")
@@ -281,7 +273,7 @@ def _check_rows(spec: RunSpec, config: Config, devices: int, slices: int) -> Non
 
 
 def _check_files(spec: RunSpec, backend: str, config: Config) -> None:
-    """Machines in the cloud have no file of this one, but the bucket of --output is mounted there."""
+    """Machines in the cloud have no file of this one. GKE mounts the bucket of --output, others what a run asks for."""
     from dreamer4_jax.parallel.bucket import MOUNTS
     from dreamer4_jax.validation import PERCEPTUAL_FILES
 
@@ -290,18 +282,13 @@ def _check_files(spec: RunSpec, backend: str, config: Config) -> None:
     source, network = config.data.source, config.tokenizer.perceptual
     data = [("data.source", source)] if source and not source.startswith("gym:") else []
     data += [("data.also", also) for also in config.data.also]
-    # There the run mounts the bucket itself, but only after it has looked at the data.
-    if data and backend in ("tpu", "skypilot"):
-        name, file = data[0]
-        raise ConfigError(
-            f"{name} = {file}: the machines of --backend {backend} come without data; leave it out, which records"
-            " episodes, name an environment as data.source=gym:ID, or use --backend jobset with data in the bucket"
-        )
-    weights = [("tokenizer.perceptual", network)] if network.endswith(PERCEPTUAL_FILES) else []
-    for name, file in data + weights:
-        if not Path(file).is_relative_to(mount):
-            here = " (and mount it here too, since data are looked at first)" if (name, file) in data else ""
+    for name, file in data:
+        if not Path(file).is_relative_to(MOUNTS if backend in ("tpu", "skypilot") else mount):
             raise ConfigError(
-                f"{name} = {file}: lies on this machine alone; copy it into gs://{bucket}, which is mounted there at"
-                f" {mount}{here}, and write {mount}/..."
+                f"{name} = {file}: lies on this machine alone; copy it into gs://{bucket}, and write gs://{bucket}/..."
             )
+    if network.endswith(PERCEPTUAL_FILES) and not Path(network).is_relative_to(mount):
+        raise ConfigError(
+            f"tokenizer.perceptual = {network}: lies on this machine alone; copy it into gs://{bucket}, which is "
+            f"mounted there at {mount}, and write {mount}/..."
+        )

@@ -1,5 +1,6 @@
 """`dreamer4 launch` refuses what can't work before anything is started, and hands the rest to a backend."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -97,7 +98,10 @@ def without(argv: list[str], option: str) -> list[str]:
         (["quickstart", "--processes", "3"], "among 3 devices .*--mesh data=1,ctx=3"),
         (["quickstart", "--devices-per-process", "16", "--mesh", "data=16"], "among 16 devices"),
         (["quickstart", "--seed", "0", "seed=3"], "--seed 0 and seed=3: give one of them"),
-        (["quickstart", *JOBSET, "data.source=gs://b/x"], "data.source = gs://b/x: .*write /tmp/dreamer4-buckets/ for"),
+        (
+            ["quickstart", *JOBSET, "data.source=gs://b/x"],
+            "gs://b: is mounted by Cloud Storage FUSE, but there is no gcs",
+        ),
         (["quickstart", *XPK, "tokenizer.perceptual=v.npz"], "perceptual = v.npz: lies on this machine alone.*gs://b"),
     ],
 )
@@ -117,13 +121,21 @@ def test_data_lie_in_the_bucket(tmp_path, monkeypatch, capsys):
         write_toy_dataset(folder, shards=1, episodes=2)
     for fields in (f"data.source={held}", f'data.also=["{held}"]', f"tokenizer.perceptual={held}/vgg.npz"):
         assert cli.main(["launch", "quickstart", *JOBSET, fields, "--dry-run"]) == 0
-    assert cli.main(["launch", "quickstart", *TPU, f"tokenizer.perceptual={held}/vgg.npz", "--dry-run"]) == 0
+        assert cli.main(["launch", "quickstart", *TPU, fields, "--dry-run"]) == 0
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mounts" / "b")
+    capsys.readouterr()
+    assert cli.main(["launch", "quickstart", *TPU, "data.source=gs://b/set", "--dry-run"]) == 0
+    assert "data.source=gs://b/set" in capsys.readouterr().out  # the machine mounts it
+    other = tmp_path / "mounts" / "other" / "set"
+    write_toy_dataset(other, shards=1, episodes=2)
+    assert cli.main(["launch", "quickstart", *TPU, f"data.source={other}", "--dry-run"]) == 0
     assert cli.main(["launch", "quickstart", f"data.source={here}", "--dry-run"]) == 0  # this machine has it
     capsys.readouterr()
     for argv, match in (
         ([*JOBSET, f"data.source={here}"], f"data.source = {here}: lies on this machine alone"),
         ([*XPK, f'data.also=["{here}"]'], f"data.also = {here}: lies on this machine alone"),
-        ([*TPU, f"data.source={held}"], f"data.source = {held}: the machines of --backend tpu come without data"),
+        ([*JOBSET, f"data.source={other}"], f"data.source = {other}: lies on this machine alone"),
+        ([*TPU, f"data.source={here}"], "copy it into gs://b, and write gs://b/..."),
     ):
         assert cli.main(["launch", "quickstart", *argv, "--dry-run"]) == 2
         out, err = capsys.readouterr()

@@ -47,6 +47,18 @@ def test_a_bucket_is_mounted_once(machine):
     assert {p.name for p in (bucket.MOUNTS / "mine").iterdir()} == {".mounted", "runs"}  # no probe is left
 
 
+def test_data_in_a_bucket_are_mounted_by_either_name_and_need_not_be_writable(machine, monkeypatch):
+    words = machine(MOUNTS)
+    monkeypatch.setattr(bucket, "_require_writable", lambda *_: pytest.fail("data are only read"))
+    assert bucket.readable("runs/mine") == Path("runs/mine")
+    place = bucket.MOUNTS / "mine" / "data" / "one"
+    assert bucket.readable("gs://mine/data/one") == place and bucket.readable(place) == place
+    assert bucket.readable(bucket.MOUNTS / "other" / "set") == bucket.MOUNTS / "other" / "set"
+    assert [line.split()[-2] for line in words.read_text().splitlines()] == ["mine", "other"]
+    (bucket.MOUNTS / "third" / "set").mkdir(parents=True)  # by whatever means it came there
+    assert bucket.readable(bucket.MOUNTS / "third" / "set").exists() and len(words.read_text().splitlines()) == 2
+
+
 def test_what_cannot_be_mounted_is_named(machine, monkeypatch):
     machine("echo 'bucket mine: storage: bucket doesn'\"'\"'t exist' >&2; exit 1")
     with pytest.raises(UserError, match="gs://mine: cannot be mounted: bucket mine: .*doesn't exist. Does the bucket"):

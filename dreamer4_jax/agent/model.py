@@ -123,11 +123,14 @@ class WorldModelPolicy:
     ):
         self.name = name
         self._models = (tokenizer, dynamics, policy)
-        self._key = jax.random.key(seed)
         self._greedy = greedy
-        self._step = 0
+        self.reseed(seed)
         self._memory: Memory | None = None
         self._starting: np.ndarray | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Draws begin anew, as in a policy that is made with `seed`."""
+        self._key, self._step = jax.random.key(seed), 0
 
     def reset(self, starting: np.ndarray) -> None:
         """Streams that begin a new episode with the next `act`."""

@@ -11,6 +11,7 @@ from dreamer4_jax.data.convert import convert
 from dreamer4_jax.data.labels import labels_of
 from dreamer4_jax.data.schema import DataError
 from dreamer4_jax.data.store import MANIFEST, Dataset, open_dataset
+from dreamer4_jax.parallel.bucket import readable
 
 
 def is_dataset(source: str) -> bool:
@@ -21,12 +22,12 @@ def is_dataset(source: str) -> bool:
 def adopt(config: Config) -> Config:
     """The config with all that its source decides: action components, tasks, no environment; and a name of its own."""
     if config.data.also:
-        config = override(config, {"data.also": [str(Path(p).expanduser().absolute()) for p in config.data.also]})
+        config = override(config, {"data.also": [_place(p) for p in config.data.also]})
     also, source = open_also(config), config.data.source
     if not source:
         return config
     if not source.startswith("gym:"):
-        source = str(Path(source).expanduser().absolute())
+        source = _place(source)
     if is_dataset(source):
         dataset = open_dataset(source, verify=False)
         actions, words = dataset.spec.actions, dataset.spec.words
@@ -45,6 +46,11 @@ def adopt(config: Config) -> Config:
         "agent.task_vocab": max(config.agent.task_vocab, tasks + 1),
     }
     return override(config, values)
+
+
+def _place(source: str) -> str:
+    """Where a source lies on this machine."""
+    return str(readable(Path(source).expanduser() if source.startswith("~") else source).absolute())
 
 
 def open_also(config: Config) -> list[Dataset]:

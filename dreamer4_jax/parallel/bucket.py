@@ -1,4 +1,4 @@
-"""Run directories in a bucket: ``gs://bucket/path`` is a folder of this machine, mounted by Cloud Storage FUSE.
+"""Runs and data in a bucket: ``gs://bucket/path`` is a folder of this machine, mounted by Cloud Storage FUSE.
 
 Files then behave as on a disk that all hosts share: logs grow, checkpoints are committed by renaming a folder. The
 bucket needs a hierarchical namespace, where that renaming is one step; on a flat one a folder is copied file by file,
@@ -31,17 +31,31 @@ def on_disk(path: str | Path) -> Path:
     Raises:
         UserError: no such bucket, no permission, or no Cloud Storage FUSE on this machine.
     """
-    text = str(path)
-    if not text.startswith("gs://"):
+    if not str(path).startswith("gs://"):
         return Path(path)
+    bucket, inside = _mounted(str(path))
+    _require_writable(bucket, MOUNTS / bucket)
+    return inside
+
+
+def readable(path: str | Path) -> Path:
+    """Where data at `path` lie on this machine, as in `on_disk`: they need not be writable, and a path inside a mount
+    stands for the bucket, so that a config that was made where it is mounted works where it is not yet."""
+    place = Path(path)
+    if place.is_relative_to(MOUNTS) and not place.exists():
+        path = f"gs://{place.relative_to(MOUNTS)}"
+    return _mounted(str(path))[1] if str(path).startswith("gs://") else place
+
+
+def _mounted(text: str) -> tuple[str, Path]:
+    """(bucket, path on this machine) of ``gs://bucket/...``, whose bucket is mounted if it is not yet."""
     bucket, _, inside = text.removeprefix("gs://").partition("/")
     if not bucket or not inside.strip("/"):
         raise UserError(f"{text}: name a folder in a bucket, e.g. gs://my-bucket/runs/mine")
     mount = MOUNTS / bucket
     if not os.path.ismount(mount):
         _mount(bucket, mount)
-    _require_writable(bucket, mount)
-    return mount / inside.strip("/")
+    return bucket, mount / inside.strip("/")
 
 
 def _mount(bucket: str, mount: Path) -> None:
