@@ -329,14 +329,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def complete(tree: Any) -> Any:
-    """A config as an earlier version recorded it, with the fields that were added since at their defaults."""
+    """A config as an earlier version recorded it, with the fields that were added since at their defaults, and those
+    that had no effect as they must be now."""
 
     def fill(node: Any, like: Any) -> Any:
         if not isinstance(node, dict) or not isinstance(like, dict):
             return node
         return {k: fill(v, like.get(k)) for k, v in node.items()} | {k: v for k, v in like.items() if k not in node}
 
-    return fill(tree, to_dict(Config()))
+    out = fill(tree, to_dict(Config()))
+    phases = out.get("train") if isinstance(out, dict) else None
+    for name, phase in phases.items() if isinstance(phases, dict) else ():
+        if name != "dynamics" and isinstance(phase, dict):
+            phase["image_fraction"] = 0.0
+    return out
 
 
 def override(config: Config, values: dict[str, Any]) -> Config:

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 
 from dreamer4_jax.agent.heads import PolicyHead
 from dreamer4_jax.agent.model import ActorCritic, Agent, WorldModelPolicy
-from dreamer4_jax.config import Config, ConfigError, UserError, from_dict, override
+from dreamer4_jax.config import Config, ConfigError, UserError, complete, from_dict, override
 from dreamer4_jax.envs.spaces import to_env
 from dreamer4_jax.presets import BASELINES
 from dreamer4_jax.training.checkpoint import CheckpointError, load_meta, load_model
@@ -79,7 +79,7 @@ def read_config(run_dir: str | Path) -> Config:
     if not path.exists():
         raise UserError(f"{run_dir}: is no run directory (it has no config.json)")
     try:
-        return from_dict(Config, json.loads(path.read_text()))
+        return from_dict(Config, complete(json.loads(path.read_text())))
     except ConfigError:
         raise
     except ValueError as error:  # no JSON, or no text

@@ -252,7 +252,8 @@ def _check_rows(spec: RunSpec, config: Config, devices: int, slices: int) -> Non
     mesh = MeshSpec.parse(spec.mesh)
     rest = devices // math.prod(size for size in mesh.sizes if size != -1)
     replica, data = (rest if size == -1 else size for size in (mesh.replica, mesh.data))
-    batches = [(name, rows) for name in PHASES for rows in getattr(config.train, name).rows]
+    trained = PHASES[:2] if config.data.labelled == 0 else PHASES  # as `Run.obstacle` says
+    batches = [(name, rows) for name in trained for rows in getattr(config.train, name).rows]
     common = math.gcd(*(rows for _, rows in batches))
     most = max((n for n in range(slices, common + 1, slices) if common % n == devices % n == 0), default=0)
     sizes = {"replica": slices, "data": most // slices, "ctx": devices // most} if most else {}

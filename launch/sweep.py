@@ -34,9 +34,14 @@ class SweepFailed(Exception):
 
 
 class SweepInterrupted(Exception):
-    """Trials saved and ended before they were done: those under way at a SIGTERM or Ctrl-C, or some by themselves."""
+    """Trials saved and ended before they were done: those under way at a SIGTERM or Ctrl-C, or (not `asked`) some by
+    themselves, and all others are done."""
 
     exit_code = INTERRUPTED
+
+    def __init__(self, text: str, *, asked: bool = True):
+        super().__init__(text)
+        self.asked = asked
 
 
 def local(spec: RunSpec) -> int:
@@ -252,8 +257,12 @@ def run(
                 f"goes on with {directory}"
             )
         mine = list(records.latest) if sweep.space else [trial.name for trial in trials]
-        if left := sum(records.state(name) == "interrupted" for name in mine):
-            raise SweepInterrupted(f"{left} trials were interrupted; the same command goes on with {directory}")
+        states = [records.state(name) for name in mine]
+        if left := states.count("interrupted"):
+            failed = f", {states.count('failed')} failed" if "failed" in states else ""
+            raise SweepInterrupted(
+                f"{left} trials were interrupted{failed}; the same command goes on with {directory}", asked=False
+            )
     return records
 
 

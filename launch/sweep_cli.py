@@ -66,16 +66,21 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         _show(sweep, directory, args.limit, remote)
         return
-    failed = 0
-    if not args.report:
-        if remote:
-            remote.require_tools()
-            records = sweeps.run(sweep, directory, jobs=args.jobs or 1, limit=args.limit, backend=remote)
-        else:
-            records = sweeps.run(sweep, directory, jobs=args.jobs, limit=args.limit)
-        failed = records.count("failed")
     from launch.sweep_report import write_report
 
+    failed = 0
+    if not args.report:
+        try:
+            if remote:
+                remote.require_tools()
+                records = sweeps.run(sweep, directory, jobs=args.jobs or 1, limit=args.limit, backend=remote)
+            else:
+                records = sweeps.run(sweep, directory, jobs=args.jobs, limit=args.limit)
+        except sweeps.SweepInterrupted as interrupted:
+            if not interrupted.asked:
+                print(write_report(sweep, directory))
+            raise
+        failed = records.count("failed")
     print(write_report(sweep, directory))
     if failed:
         raise sweeps.SweepFailed(

@@ -320,3 +320,9 @@ def test_seeds_are_what_keys_take():
     assert override(preset("tiny"), {"seed": 2**32 - 1}).seed == 2**32 - 1
     with pytest.raises(ConfigError, match=r"seed = 4294967296: must be in \[0, 2\^32\)"):
         override(preset("tiny"), {"seed": 2**32})
+
+
+def test_what_had_no_effect_does_not_make_old_runs_unreadable():
+    tree = to_dict(preset("tiny"))
+    tree["train"]["agent"]["image_fraction"] = 0.3  # as earlier versions recorded it for the preset `paper`
+    assert from_dict(Config, complete(tree)) == preset("tiny")

@@ -237,8 +237,54 @@ def test_a_source_that_has_changed_is_not_taken_for_the_same(tmp_path):
         convert("gym:MountainCar-v0", tmp_path / "gym", **few)
 
 
+@pytest.mark.parametrize("kind", ["npz", "video"])
+def test_what_no_reader_reads_is_not_of_the_source(tmp_path, kind):
+    """A dataset, a run and notes may lie inside it."""
+    write_npz(tmp_path, play(4)) if kind == "npz" else write_labelled_videos(tmp_path, play(4), "csv")
+    first = convert(tmp_path, tmp_path / "data", **QUICK)
+    (tmp_path / "notes.txt").write_text("of mine")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/state").write_text("")
+    assert convert(tmp_path, tmp_path / "data", **QUICK)["splits"] == first["splits"]
+
+
+def test_labels_of_a_single_video_are_of_the_source(tmp_path):
+    write_labelled_videos(tmp_path, [p for p in play(EPISODES) if len(p.frames) > 15][:1] or play(1), "csv")
+    one = {**QUICK, "chunk": 4}
+    convert(tmp_path / "clip0.mp4", tmp_path / "data", **one)
+    label = tmp_path / "clip0.csv"
+    label.write_text(label.read_text().replace("1", "0"))
+    with pytest.raises(DataError, match="source.files is"):
+        convert(tmp_path / "clip0.mp4", tmp_path / "data", **one)
+
+
+def test_what_an_earlier_version_did_not_note_is_not_asked(tmp_path):
+    write_npz(tmp_path / "source", play(4))
+    first = convert(tmp_path / "source", tmp_path / "data", **QUICK)
+    request = json.loads((tmp_path / "data/request.json").read_text())
+    del request["source"]["files"]
+    (tmp_path / "data/request.json").write_text(json.dumps(request))
+    assert convert(tmp_path / "source", tmp_path / "data", **QUICK)["splits"] == first["splits"]
+    with pytest.raises(DataError, match="every is 1 there, 2 here"):
+        convert(tmp_path / "source", tmp_path / "data", **QUICK, every=2)
+
+
+def test_like_wants_the_same_actions(tmp_path):
+    write_npz(tmp_path / "source", play(4))
+    convert(tmp_path / "source", tmp_path / "data", **QUICK)
+    for file in (tmp_path / "source").glob("*.npz"):
+        held = dict(np.load(file))
+        np.savez(file, **{k.replace("action", "actions/move"): v for k, v in held.items()})
+    with pytest.raises(DataError, match="--like .*data: has the action 'action'; those of .*source are move"):
+        convert(tmp_path / "source", tmp_path / "other", like=tmp_path / "data", **QUICK)
+    move = Options(actions=(ActionComponent("move", "categorical", ACTIONS),))
+    with pytest.raises(DataError, match="--like and --actions both say"):
+        convert(tmp_path / "source", tmp_path / "other", like=tmp_path / "data", options=move, **QUICK)
+
+
 def test_one_long_episode_is_not_most_of_what_is_held_out(tmp_path):
     (tmp_path / "source").mkdir()
+    (tmp_path / "source/damaged.npz").write_bytes(b"no archive")  # whose length nobody knows
     for i, length in enumerate((600, 20, 30)):
         frames = np.zeros((length, 16, 16, 3), np.uint8)
         np.savez(tmp_path / f"source/{i}.npz", frames=frames, action=np.arange(length) % 4)

@@ -162,5 +162,6 @@ def test_units_are_drawn_as_a_whole():
     names = np.asarray([f"episode {u}" for u in units])
     ratio = m.bootstrap_ratio_ci(copies + 5, np.ones(80), units=names)
     np.testing.assert_allclose(ratio, np.asarray(alone) + 5, atol=1e-12)
+    assert m.bootstrap_ci(values, units=np.zeros(8)) == alone  # of one unit that there is
     with pytest.raises(UserError, match="strata"):
         m.bootstrap_ci(copies, units=units[:5])

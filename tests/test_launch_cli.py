@@ -142,6 +142,13 @@ def test_data_lie_in_the_bucket(tmp_path, monkeypatch, capsys):
         assert out == "" and match in err, err
 
 
+def test_phases_that_are_not_trained_need_not_be_divided(capsys):
+    command = ["launch", "quickstart", "--devices-per-process", "4", "--mesh", "data=4", "train.imagination.batch=6"]
+    assert cli.main([*command, "--dry-run"]) == 2
+    assert "train.imagination: a batch of 6 rows" in capsys.readouterr().err
+    assert cli.main([*command, "data.labelled=0", "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("words", [["seed=3"], ["--seed", "3"], ["--seed", "3", "seed=3"]])
 def test_a_run_is_named_by_its_seed(words, capsys):
     assert cli.main(["launch", "quickstart", *words, "--dry-run"]) == 0

@@ -342,3 +342,26 @@ def test_codes_are_no_pictures(tmp_path, monkeypatch):
             check_picture(np.full(shape, value, np.uint8), high)
     check_picture(np.full((16, 16, 3), 40, np.uint8), 255)
     check_picture(np.zeros((5, 64, 64, 1), np.uint8), 255)  # all black
+
+
+def test_one_action_under_two_names_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", frames=counting(9), action=np.arange(9) % 3, actions=np.arange(9) % 3)
+    with pytest.raises(DataError, match="has both 'action' and 'actions', which are one action: keep one"):
+        readers.open_source(tmp_path).read("a.npz", Part())
+
+
+@pytest.mark.parametrize(("fps", "late"), [(29.97, 0.0), (30, 0.4)])
+def test_whole_videos_may_drift_and_begin_late(tmp_path, fps, late):
+    import av
+
+    rate, count = Fraction(fps).limit_denominator(1001), 900
+    with av.open(str(tmp_path / "a.mp4"), "w") as new:
+        stream = new.add_stream("libx264", rate=rate)
+        stream.width = stream.height = 16
+        for t in range(count):
+            picture = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 40 * (t % 5), np.uint8), format="rgb24")
+            picture.pts, picture.time_base = t + round(late * fps), 1 / rate
+            new.mux(stream.encode(picture))
+        new.mux(stream.encode())
+    shown = np.stack(list(frames.span(tmp_path / "a.mp4", lambda x: x, 0.0, count, 30.0)))
+    np.testing.assert_array_equal(counted(shown), np.arange(count) % 5)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dreamer4_jax.data import readers, statistics, writer
 from dreamer4_jax.data.jobs import make_shards
-from dreamer4_jax.data.readers.actions import ActionSpace
+from dreamer4_jax.data.readers.actions import NO_ACTIONS, ActionSpace
 from dreamer4_jax.data.readers.base import Entry, Fit, Options, Part, Reader
 from dreamer4_jax.data.schema import DataError, Episode, chunks
 from dreamer4_jax.data.store import MANIFEST, SPLITS, DatasetSpec, open_dataset
@@ -142,7 +142,8 @@ def divide(
 
     Enough held-out episodes are read here: where that fails, it is said before anything is written.
     """
-    chunk, known = spec.chunk * every, all(e.frames for e in entries)
+    # Where some headers say how many frames there are, those that do not are damaged.
+    chunk, known = spec.chunk * every, any(e.frames for e in entries)
     total = sum(e.frames for e in entries)
     if known and total < 2 * chunk:
         raise DataError(
@@ -161,7 +162,8 @@ def divide(
         }
     entries = [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))]
     # Held out are the first of them, and those that are much longer than that part should be if nothing else will do.
-    usual = max(holdout * total, sorted(e.frames for e in entries)[(len(entries) - 1) // 2])
+    whole = sorted(e.frames for e in entries if e.frames) or [0]
+    usual = max(holdout * total, whole[(len(whole) - 1) // 2])
     long = lambda e: known and e.frames > 2 * usual
     held: list[Entry] = []
     lengths: list[int] = []
@@ -245,7 +247,9 @@ def convert(
         raise DataError(f"--holdout {holdout}: must be between 0 and 1")
     if size is not None and min(size) < 1:
         raise DataError(f"--size {size[0]}x{size[1]}: must be positive")
-    reader = readers.open_source(source, format, options, None if like is None else _space(like))
+    reader = readers.open_source(source, format, options)
+    if like is not None:
+        reader = _alike(reader, like, options)
     entries = reader.entries()
     if not entries:
         raise DataError(f"{source}: holds no episodes")
@@ -253,7 +257,7 @@ def convert(
     spec = DatasetSpec("frames", chunk, size or _native(reader, entries), 1, reader.space.components)
     most = max(1, SHARD_BYTES // (spec.frame_bytes() * chunk))
     shard = max(1, shard_frames // chunk if shard_frames else min(64, most)) * chunk * every
-    files = identity(source)
+    files = identity(reader)
     listing = hashlib.sha256(json.dumps([asdict(e) for e in entries]).encode()).hexdigest()
     request = {
         "source": {
@@ -316,6 +320,17 @@ def convert(
     )
 
 
+def _alike(reader: Reader, like: str | Path, options: Options) -> Reader:
+    """The source opened with the actions of a dataset, whose components it must have."""
+    space, own = _space(like), [c.name for c in reader.space.components]
+    if options.actions:
+        raise DataError("--like and --actions both say what the actions are: give one of them")
+    lacking = [c.name for c in space.components if c.name not in own]
+    if lacking and reader.space.components != NO_ACTIONS:
+        raise DataError(f"--like {like}: has the action {lacking[0]!r}; those of {reader.source} are {', '.join(own)}")
+    return readers.open_source(reader.source, reader.format, options, space)
+
+
 def _space(like: str | Path) -> ActionSpace:
     """The actions of a dataset."""
     data = open_dataset(like, verify=False)
@@ -326,13 +341,13 @@ def _space(like: str | Path) -> ActionSpace:
     return ActionSpace(data.spec.actions, low, high)
 
 
-def identity(source: str | Path) -> str:
-    """Names what a source holds: its files by name, size and time of change, or what is no path by itself."""
-    path = Path(source)
-    if not path.exists():
-        return str(source)
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    stats = [(str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p in found for s in [p.stat()]]
+def identity(reader: Reader) -> str:
+    """Names what a source holds: its files by name, size and time of change, or what is no place of files by itself."""
+    found = reader.files()
+    if not found:
+        return reader.source
+    top = reader.path if reader.path.is_dir() else reader.path.parent
+    stats = [(str(p.relative_to(top)), s.st_size, s.st_mtime_ns) for p in found for s in [p.stat()]]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 

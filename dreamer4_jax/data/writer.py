@@ -125,7 +125,8 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
     """Claims a directory for the dataset that `request` describes.
 
     An interrupted recording may be continued with the same request; with another one, or over files that are not a
-    dataset's, it is refused, so that nothing is overwritten or mixed.
+    dataset's, it is refused, so that nothing is overwritten or mixed. What an earlier version noted nothing of is not
+    compared.
     """
     path = directory / REQUEST
     if path.is_file():
@@ -133,8 +134,7 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
             old = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): remove {directory} and record it again") from None
-        if old != json.loads(json.dumps(request)):
-            found = _differences(old, request)
+        if found := _differences(old, json.loads(json.dumps(request))):
             shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise DataError(
                 f"{directory} holds a dataset of another config ({shown}): choose another directory, or remove it"
@@ -150,7 +150,7 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
 
 def _differences(old: Any, new: Any, at: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
+        names = sorted(old)
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{at}.{n}".lstrip("."))]
     old, new = json.loads(json.dumps([old, new]))
     return [] if old == new else [f"{at} is {old!r} there, {new!r} here"]

@@ -169,7 +169,8 @@ def bootstrap_ci(
         resamples: bootstrap samples.
         seed: of the resampling; the same arguments give the same interval.
         strata: [n] labels (e.g. the level of each episode); resampling then stays inside each label.
-        units: [n] labels (e.g. the episode of each clip), instead: what has one label is drawn together.
+        units: [n] labels (e.g. the episode of each clip), instead: what has one label is drawn together. Where all have
+            the same, each value is drawn by itself: the interval is then of this one unit.
     """
     x = np.asarray(values, np.float64)
     if units is not None:
@@ -220,6 +221,7 @@ def bootstrap_ratio_ci(
     if units is not None:
         _check_bootstrap(a, units, level, resamples)
         _, first, place = np.unique(np.asarray(units), return_index=True, return_inverse=True)
+    if units is not None and len(first) > 1:
         place = np.argsort(np.argsort(first))[place]  # in the order in which they come
         a, b = (np.bincount(place, x).astype(np.float64) for x in (a, b))
     tops, bottoms = [], []

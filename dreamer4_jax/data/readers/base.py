@@ -139,6 +139,13 @@ class Reader(abc.ABC):
     def entries(self) -> list[Entry]:
         """All episodes, in a fixed order. One whose header cannot be read is among them, and fails when it is read."""
 
+    def files(self) -> list[Path]:
+        """The files that are read, by default all that are not hidden; none where the source is no place of files."""
+        if not self.path.is_dir():
+            return [self.path] if self.path.is_file() else []
+        shown = lambda p: not any(part.startswith(".") for part in p.relative_to(self.path).parts)
+        return sorted(p for p in self.path.rglob("*") if p.is_file() and shown(p))
+
     @abc.abstractmethod
     def read(self, key: str, part: Part) -> Episode:
         """Reads an episode, or raises `DataError`."""

@@ -34,6 +34,9 @@ def _columns(file: Any) -> dict[str, np.ndarray]:
     """Action columns, masked where ``present/NAME`` says that there is none."""
     parts = [(key, *key.replace(".", "/").partition("/")) for key in file.files]
     leaves = {key: leaf or "action" for key, head, _, leaf in parts if head in ("action", "actions")}
+    for key, leaf in leaves.items():
+        if (twin := next(k for k, other in leaves.items() if other == leaf)) != key:
+            raise DataError(f"has both {twin!r} and {key!r}, which are one action: keep one")
     out: dict[str, np.ndarray] = {}
     for (key, leaf), name in zip(leaves.items(), component_names(leaves.values()), strict=True):
         out[name] = values = np.asarray(file[key])
@@ -85,6 +88,9 @@ class NpzReader(Reader):
     def _task(self, key: str) -> str:
         with reading(key), np.load(self._files[key], allow_pickle=False) as file:
             return _text(file, "task", "mission")
+
+    def files(self) -> list[Path]:
+        return list(self._files.values())
 
     def entries(self) -> list[Entry]:
         return [Entry(key, next(readable([key], self._length), 0)) for key in self._files]

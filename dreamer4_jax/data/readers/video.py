@@ -69,6 +69,10 @@ class VideoReader(Reader):
             out[earned + 1] = ids[earned]
         return out[:, None]
 
+    def files(self) -> list[Path]:
+        beside = (self._beside.get(video.with_suffix(""), []) for video in self._files.values())
+        return [*self._files.values(), *(path for found in beside for path in found)]
+
     def entries(self) -> list[Entry]:
         return [Entry(key, next(readable([key], self._count), 0)) for key in self._files]
 

@@ -152,6 +152,10 @@ class VptReader(Reader):
                 return '"mouse"' in first and '"keyboard"' in first and '"newButtons"' in first
         return False
 
+    def files(self) -> list[Path]:
+        lines = (path.with_suffix(".jsonl") for path in self._files.values())
+        return [*self._files.values(), *(path for path in lines if path.exists())]
+
     def entries(self) -> list[Entry]:
         return [Entry(key, next(readable([key], self._frames), 0)) for key in self._files]
 
