@@ -267,17 +267,23 @@ def test_what_an_earlier_version_did_not_note_is_not_asked(tmp_path):
     assert convert(tmp_path / "source", tmp_path / "data", **QUICK)["splits"] == first["splits"]
     with pytest.raises(DataError, match="every is 1 there, 2 here"):
         convert(tmp_path / "source", tmp_path / "data", **QUICK, every=2)
+    (tmp_path / "data/dataset.json").unlink()  # unfinished: the rest would be cut otherwise than what is there
+    with pytest.raises(DataError, match="source.files is None there"):
+        convert(tmp_path / "source", tmp_path / "data", **QUICK)
 
 
-def test_like_wants_the_same_actions(tmp_path):
+def test_like_takes_no_other_actions(tmp_path):
     write_npz(tmp_path / "source", play(4))
     convert(tmp_path / "source", tmp_path / "data", **QUICK)
     for file in (tmp_path / "source").glob("*.npz"):
         held = dict(np.load(file))
         np.savez(file, **{k.replace("action", "actions/move"): v for k, v in held.items()})
-    with pytest.raises(DataError, match="--like .*data: has the action 'action'; those of .*source are move"):
+    with pytest.raises(DataError, match="--like .*data: has the actions action; .*source has move"):
         convert(tmp_path / "source", tmp_path / "other", like=tmp_path / "data", **QUICK)
     move = Options(actions=(ActionComponent("move", "categorical", ACTIONS),))
+    write_video(tmp_path / "unlabelled/a.mp4", np.zeros((40, 16, 16, 3), np.uint8))
+    found = convert(tmp_path / "unlabelled", tmp_path / "missing", like=tmp_path / "data", **QUICK)
+    assert found["spec"]["actions"][0]["name"] == "action" and found["statistics"]["present"] == {"action": 0}
     with pytest.raises(DataError, match="--like and --actions both say"):
         convert(tmp_path / "source", tmp_path / "other", like=tmp_path / "data", options=move, **QUICK)
 

@@ -150,6 +150,14 @@ def test_reconstruction(data):
     for name in ("psnr", "ssim", "symbol_accuracy"):
         assert out[name]["low"] <= out[name]["mean"] <= out[name]["high"]
     assert out["shown"]["real"].shape == out["shown"]["reconstructed"].shape == (4, 16, 16, 3)
+    alone, unknown = (reconstruction(models()[0], replace(clips, episodes=e))["psnr"] for e in (np.arange(6), None))
+    assert alone == pytest.approx(unknown)
+    pairs = {f: np.repeat(getattr(clips, f)[:3], 2, 0) for f in ("frames", "latents")}
+    both = [
+        reconstruction(models()[0], replace(clips, **pairs, episodes=e))["psnr"] for e in ([0, 0, 1, 1, 2, 2], None)
+    ]
+    widths = [i["high"] - i["low"] for i in both]
+    assert widths[0] > 1.2 * widths[1]
     assert out["shown"]["reconstructed"].dtype == np.uint8
 
 

@@ -96,3 +96,24 @@ def test_step_table():
     with pytest.raises(UserError, match="other frames"):
         step_table({1: scores[1], 2: score_clips(paint(true)[:3], paint(true)[:3])})
     json.dumps(rows)
+
+
+def test_clips_of_one_episode_are_drawn_together():
+    """Each of six clips three times, as of one episode: as much is known as from the six."""
+    true, last = clips()
+    made = true.copy()
+    made[np.arange(0, N, 2), :2] = 2  # wrong in every second clip
+    score = lambda true, made, last, **more: score_clips(
+        paint(true), paint(made), real_symbols=true, imagined_symbols=made, last_symbols=last, **more
+    )
+    once, thrice = (true, made, last), tuple(np.repeat(x, 3, 0) for x in (true, made, last))
+    labels = np.repeat([f"episode {i}" for i in range(N)], 3)
+    right = {4: score(*thrice, episodes=labels), 8: score(thrice[0], thrice[0], thrice[2], episodes=labels)}
+    alone = {4: score(*once), 8: score(once[0], once[0], once[2])}
+    assert right[4].summary()["average"]["symbol_accuracy"] == pytest.approx(
+        alone[4].summary()["average"]["symbol_accuracy"]
+    )
+    assert step_table(right)[0]["minus_largest"] == pytest.approx(step_table(alone)[0]["minus_largest"])
+    width = lambda i: i["high"] - i["low"]
+    as_if = score(*thrice).summary()["average"]["symbol_accuracy"]
+    assert width(right[4].summary()["average"]["symbol_accuracy"]) > 1.4 * width(as_if)

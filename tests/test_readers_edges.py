@@ -350,8 +350,9 @@ def test_one_action_under_two_names_is_named(tmp_path):
         readers.open_source(tmp_path).read("a.npz", Part())
 
 
-@pytest.mark.parametrize(("fps", "late"), [(29.97, 0.0), (30, 0.4)])
-def test_whole_videos_may_drift_and_begin_late(tmp_path, fps, late):
+@pytest.mark.parametrize(("fps", "late", "match"), [(29.97, 0.0, "frame 500 from 0.000 s"), (30, 0.4, "frame 0 from")])
+def test_videos_that_drift_or_begin_late_are_not_what_their_times_say(tmp_path, fps, late, match):
+    """To LeRobot a frame is the one at its time: by number it would be another."""
     import av
 
     rate, count = Fraction(fps).limit_denominator(1001), 900
@@ -363,5 +364,7 @@ def test_whole_videos_may_drift_and_begin_late(tmp_path, fps, late):
             picture.pts, picture.time_base = t + round(late * fps), 1 / rate
             new.mux(stream.encode(picture))
         new.mux(stream.encode())
-    shown = np.stack(list(frames.span(tmp_path / "a.mp4", lambda x: x, 0.0, count, 30.0)))
-    np.testing.assert_array_equal(counted(shown), np.arange(count) % 5)
+    with pytest.raises(DataError, match=match):
+        list(frames.span(tmp_path / "a.mp4", lambda x: x, 0.0, count, 30.0))
+    shown = np.stack(list(frames.span(tmp_path / "a.mp4", lambda x: x, round(late * fps) / fps, 300, 30.0)))
+    np.testing.assert_array_equal(counted(shown), np.arange(300) % 5)

@@ -65,13 +65,10 @@ def twohot_mean(logits: Float[Array, "... S"], bins: Float[Array, " S"] | np.nda
 
 
 def twohot_loss(
-    logits: Float[Array, "... S"],
-    target: Float[Array, "..."],
-    bins: Float[Array, " S"] | np.ndarray,
-    weight: Float[Array, " S"] | float = 1.0,
+    logits: Float[Array, "... S"], target: Float[Array, "..."], bins: Float[Array, " S"] | np.ndarray
 ) -> Float[Array, "..."]:
-    """Cross-entropy to the two-hot of `target` (held constant), in nats; `weight` multiplies the term of each bin."""
-    weights = jax.lax.stop_gradient(symexp_twohot(target, bins)) * weight
+    """Cross-entropy to the two-hot of `target` (held constant), in nats."""
+    weights = jax.lax.stop_gradient(symexp_twohot(target, bins))
     return -jnp.sum(weights * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
@@ -242,10 +239,9 @@ def agent_losses(
     bins = symexp_bins(reward.bins)
     reward_logits = reward.logits(h)
     # The weight is of bins: a small reward is partly in the bin at zero, and that part is no event.
-    event = 1.0 - symexp_twohot(rewards, bins)[..., reward.bins // 2]
-    weight = jnp.where(bins == 0, 1.0, event_weight)
-    reward_nll = twohot_loss(reward_logits - shift * (bins == 0), rewards, bins, weight)
-    counts = 1.0 + (event_weight - 1.0) * event
+    mass = symexp_twohot(rewards, bins) * jnp.where(bins == 0, 1.0, event_weight)
+    reward_nll = -jnp.sum(mass * jax.nn.log_softmax(reward_logits - shift * (bins == 0)), axis=-1)
+    counts = jnp.sum(mass, axis=-1)
     reward_loss = masked_mean(reward_nll / counts, inside * counts)
 
     alive = ~future(jnp.asarray(batch["is_terminal"]).astype(bool), 0, count)

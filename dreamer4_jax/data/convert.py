@@ -321,13 +321,14 @@ def convert(
 
 
 def _alike(reader: Reader, like: str | Path, options: Options) -> Reader:
-    """The source opened with the actions of a dataset, whose components it must have."""
-    space, own = _space(like), [c.name for c in reader.space.components]
+    """The source opened with the actions of a dataset. It may lack some of them, and has no others."""
+    space = _space(like)
     if options.actions:
         raise DataError("--like and --actions both say what the actions are: give one of them")
-    lacking = [c.name for c in space.components if c.name not in own]
-    if lacking and reader.space.components != NO_ACTIONS:
-        raise DataError(f"--like {like}: has the action {lacking[0]!r}; those of {reader.source} are {', '.join(own)}")
+    names = [c.name for c in space.components]
+    others = [c.name for c in reader.space.components if c.name not in names and c not in NO_ACTIONS]
+    if others:
+        raise DataError(f"--like {like}: has the actions {', '.join(names)}; {reader.source} has {', '.join(others)}")
     return readers.open_source(reader.source, reader.format, options, space)
 
 

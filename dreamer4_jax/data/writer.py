@@ -126,7 +126,7 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
 
     An interrupted recording may be continued with the same request; with another one, or over files that are not a
     dataset's, it is refused, so that nothing is overwritten or mixed. What an earlier version noted nothing of is not
-    compared.
+    compared once the dataset is complete; an unfinished one may have been planned otherwise.
     """
     path = directory / REQUEST
     if path.is_file():
@@ -134,7 +134,7 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
             old = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): remove {directory} and record it again") from None
-        if found := _differences(old, json.loads(json.dumps(request))):
+        if found := _differences(old, json.loads(json.dumps(request)), known=(directory / MANIFEST).exists()):
             shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise DataError(
                 f"{directory} holds a dataset of another config ({shown}): choose another directory, or remove it"
@@ -148,10 +148,11 @@ def write_request(directory: Path, request: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(request, indent=1))
 
 
-def _differences(old: Any, new: Any, at: str = "") -> list[str]:
+def _differences(old: Any, new: Any, at: str = "", *, known: bool) -> list[str]:
+    """Fields at which two requests differ; `known`: of those that the old one has."""
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old)
-        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{at}.{n}".lstrip("."))]
+        names = sorted(old if known else {*old, *new})
+        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{at}.{n}".lstrip("."), known=known)]
     old, new = json.loads(json.dumps([old, new]))
     return [] if old == new else [f"{at} is {old!r} there, {new!r} here"]
 

@@ -91,9 +91,9 @@ def decode_image(data: bytes) -> np.ndarray:
 def span(
     path: Path, fit: Callable[[np.ndarray], np.ndarray], begin: float, count: int, fps: float
 ) -> Iterator[np.ndarray]:
-    """`count` frames from the one at `begin` seconds on, for files with sound timestamps: each must come a frame behind
-    the one before, give or take half a frame, or what follows a dropped one would be shown a frame early. A whole file
-    may begin late, and drift."""
+    """`count` frames from the one at `begin` seconds on, for files with sound timestamps: each must be where its number
+    says, give or take half a frame, or what follows a dropped one would be shown a frame early. LeRobot asks for frames
+    by these times, and is stricter."""
     slack = 0.5 / fps
     av = needs("av", "reading video")
     with av.open(str(path)) as container:
@@ -101,19 +101,20 @@ def span(
         stream.thread_type = "AUTO"
         if begin > slack:
             container.seek(int((begin - slack) / float(stream.time_base)), stream=stream)  # the keyframe in front
-        done, wanted = 0, begin
+        done = 0
         for frame in container.decode(stream):
             if frame.time is None or frame.time < begin - slack:
                 continue
             if frame.is_corrupt:
                 raise DataError(f"{path.name}: the frame at {frame.time:.3f} s is damaged")
-            if abs(frame.time - wanted) > slack and (done or begin > slack):
+            wanted = begin + done / fps
+            if abs(frame.time - wanted) > slack:
                 raise DataError(
                     f"{path.name}: frame {done} from {begin:.3f} s on is at {frame.time:.3f} s, expected at "
                     f"{wanted:.3f} s: frames are missing, or they are not {fps:g} a second"
                 )
             yield fit(frame.to_ndarray(format="rgb24"))
-            done, wanted = done + 1, frame.time + 1 / fps
+            done += 1
             if done == count:
                 return
         raise DataError(f"{path.name} ends {count - done} frames short of {count} from {begin:.3f} s on")
