@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.markup import escape
 from rich.table import Table
 
@@ -183,6 +184,8 @@ def picture(found: Findings) -> bytes:
                 ax.set_title("frames of whole episodes", fontsize=9, color=INK)
                 if stats["lengths"]:
                     ax.hist(stats["lengths"], bins=20, color=BAR)
+                    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+                    ax.set_ylabel("episodes", fontsize=7)
                 else:
                     _empty(ax, "none is whole")
             elif kind == "labels":
