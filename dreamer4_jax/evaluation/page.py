@@ -30,6 +30,7 @@ table { border-collapse:collapse; font-size:.88rem; font-variant-numeric:tabular
 .remark { color:var(--soft); font-size:.82rem; margin:-.5rem 0 1rem; max-width:46rem; }
 th, td { padding:.35rem .6rem; vertical-align:top; text-align:right; white-space:nowrap;
   border-bottom:1px solid var(--line); }
+th { white-space:normal; }
 th:first-child { text-align:left; padding-left:0; }
 tbody th { font-weight:400; }
 thead th { color:var(--soft); font-weight:600; vertical-align:bottom; }

@@ -177,7 +177,8 @@ def _world_model(data: Mapping[str, Any]) -> str | None:
             "frame or from the frame before."
         )
         note = (
-            f"{conditions[0]['clips']} held-out clips.{tiles if symbols else ''} 95 % bootstrap intervals over clips."
+            f"{conditions[0]['clips']} held-out clips.{tiles if symbols else ''} 95 % bootstrap intervals over their "
+            "episodes."
         )
         parts.append(tags.chart(plots.horizon_figure(conditions), "symbol accuracy on changed tiles by imagined frame"))
         parts.append(tags.table(head, rows, note))
@@ -228,7 +229,7 @@ def _steps(data: Mapping[str, Any]) -> str | None:
             )
     head = ("Model", "K", *tiles, "PSNR dB", "SSIM", "ms/frame", f"vs largest K, {unit}")
     device = f"Time on {tags.text(s['device'])}. " if s.get("device") else ""
-    note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over clips, the last column paired."
+    note = f"{device}Averages over the imagined frames; 95 % bootstrap intervals over episodes, the last column paired."
     return f"<div class=charts>{''.join(charts)}</div>" + tags.table(head, rows, note)
 
 
